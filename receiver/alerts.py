@@ -17,7 +17,7 @@ import structlog
 from receiver.background import running
 from receiver.core.alerting import RUNBOOKS, Alert, Finding, Told, observe, settle
 from receiver.core.lane_names import POLL_LANE, Wake, alert_lane, destination_lane
-from receiver.db import alerts, destinations, submission_freezes, workers
+from receiver.db import alerts, destinations, retention_runs, submission_freezes, workers
 from receiver.db.alerts import Occurrences
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
@@ -32,8 +32,6 @@ from receiver.submitter.account_status import read_account_status
 
 ROUND_SECONDS: Final = 15.0
 """Pause between two readings of the conditions."""
-PRUNING_SECONDS: Final = 86_400.0
-"""A run of retention without an outcome has failed after this time."""
 LEAST_MISMATCHES: Final = 3
 """Rejected signatures of a source: one or two may be a stranger's."""
 TYPES: Final[Mapping[Told, str]] = {
@@ -93,8 +91,8 @@ def find_conditions(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             kind="retention_failed",
             subject="prune",
-            text="the last run of `receiver prune` failed or did not end",
-            command=f"receiver audit list --operation {alerts.PRUNING}",
+            text="the last run of retention failed or did not end",
+            command="receiver retention list",
             last_at=seen.failed_pruning,
         )
 
@@ -181,6 +179,7 @@ async def read_conditions(settings: Settings, database: Database) -> Seen:
     backlog = await read_backlog(database, settings.all_destinations)
     async with database.read() as connection:
         freeze = await submission_freezes.find(connection)
+        failed_run = await retention_runs.find_failed(connection)
         pauses = await destinations.read_pauses(connection)
         return Seen(
             circuits=await destinations.read_circuits(connection),
@@ -191,7 +190,7 @@ async def read_conditions(settings: Settings, database: Database) -> Seen:
             refused_accounts=await _find_refused_accounts(connection),
             frozen_at=None if freeze is None else freeze.frozen_at,
             mismatches=await alerts.find_mismatches(connection, [each.name for each in settings.all_sources]),
-            failed_pruning=await alerts.find_failed_pruning(connection, seconds=PRUNING_SECONDS),
+            failed_pruning=None if failed_run is None else failed_run["seen_at"],
         )
 
 

@@ -43,6 +43,7 @@ from receiver.api.rejections import RejectionEndpoints
 from receiver.api.removed_deliveries import RemovedDeliveryEndpoints
 from receiver.api.replays import ReplayEndpoints
 from receiver.api.result_fetch import ResultFetchEndpoints
+from receiver.api.retention_runs import RetentionEndpoints
 from receiver.api.routing import RoutingEndpoints
 from receiver.api.status import StatusEndpoints
 from receiver.api.tail import TailEndpoints
@@ -234,6 +235,7 @@ def endpoint_table(
         *AlertEndpoints(database).table(),
         *FreezeEndpoints(database).table(),
         *UpkeepEndpoints(database, open_storage=open_own).table(),
+        *RetentionEndpoints(database).table(),
         *StatusEndpoints(database, partial(read_status, settings, database, submitter)).table(),
         *ResultFetchEndpoints(ResultFetch(database, submitter, sources=sources, wake=wake)).table(),
         *TailEndpoints(database, known).table(),

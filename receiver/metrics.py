@@ -110,6 +110,11 @@ JOBS_REFUSED = Gauge(
     "Jobs that Clipia refuses for their price, their model or the key's scopes; they are retried.",
     registry=ROWS,
 )
+RETENTION_AGE = Gauge(
+    "receiver_retention_age_seconds",
+    "Seconds since a run of retention succeeded; 0 without RECEIVER_RETENTION_DAYS and before the first one.",
+    registry=ROWS,
+)
 BACKLOG = Gauge("receiver_backlog", "Unfinished rows, by lane.", ["lane"], registry=ROWS)
 BACKLOG_OLDEST = Gauge(
     "receiver_backlog_oldest_seconds", "Age of the oldest unfinished row, by lane.", ["lane"], registry=ROWS

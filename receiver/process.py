@@ -19,6 +19,7 @@ from receiver.core.retry import RetryPolicy
 from receiver.core.signature import Secret
 from receiver.db import migrate
 from receiver.db.database import Database
+from receiver.db.retention_runs import Plan
 from receiver.db.signals import listen
 from receiver.destination_settings import ByName, DestinationSettings
 from receiver.destinations import Destination, open_for_work
@@ -34,6 +35,7 @@ from receiver.lanes.media import MediaLane
 from receiver.lanes.poll import PollLane
 from receiver.lanes.removed_destinations import giving_up
 from receiver.lanes.replay import ReplayLane
+from receiver.lanes.retention import RetentionLane
 from receiver.lanes.targets import Target
 from receiver.lanes.worker import Wakeups, Worker
 from receiver.lanes.worker_presence import present
@@ -206,10 +208,24 @@ async def _open_worker(
         ),
         *live.make_lanes(),
         replay,
+        *_retention_lanes(settings, database, wakeups, parts.storage),
         *_job_lanes(settings, database, wakeups, submitter),
     ]
     users = Users(Worker(fan_out, lanes, wakeups), fan_out, replay)
     return RunningWorker(settings=settings, live=live, users=users)
+
+
+def _retention_lanes(
+    settings: Settings, database: Database, wakeups: Wakeups, storage: Storage
+) -> list[Lane]:
+    if settings.retention_days is None:
+        return []
+    plan = Plan(
+        older_than_days=settings.retention_days,
+        media="media" in settings.retention_also,
+        dead_letters="dead_letters" in settings.retention_also,
+    )
+    return [RetentionLane(database, plan, storage, wake=wakeups.wake)]
 
 
 def _job_lanes(settings: Settings, database: Database, wakeups: Wakeups, submitter: Submitter) -> list[Lane]:

@@ -67,6 +67,8 @@ class Pruned:
     """Actions of operators before that moment whose records were deleted."""
     next: str | None = None
     """Where another call continues the run; None at its end."""
+    run: UUID | None = None
+    """The record of the run, for the calls that continue it; None for a dry run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,5 +126,11 @@ class SettingFields(BaseSettings):
     budgets: Annotated[dict[str, Credits], NoDecode] = Field(default_factory=dict)
     """`caller:credits`: the most that a caller's jobs may cost per UTC day; the caller `*` stands for each
     caller that is not named. In the file also a table: `budgets = { shop = 500 }`."""
+    retention_days: int | None = Field(default=None, ge=30, le=36_500)
+    """Events older than this are deleted each night by a worker; without it everything is kept
+    (docs/retention.md#each-night)."""
+    retention_also: Annotated[tuple[Literal["media", "dead_letters"], ...], NoDecode] = ()
+    """What is deleted with these events: `media`, their files in the storage; `dead_letters`, events that
+    have some, too."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """The least level that is logged."""

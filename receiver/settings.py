@@ -94,7 +94,7 @@ class Settings(SettingFields):
             InitSettingsSource(settings_cls, init_kwargs=read_file(os.environ)),
         )
 
-    @field_validator("media_hosts", "durable_without", mode="before")
+    @field_validator("media_hosts", "durable_without", "retention_also", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return split_list(value)

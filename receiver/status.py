@@ -12,10 +12,11 @@ from typing import Final
 from typing_extensions import TypedDict
 
 from receiver.core.lane_names import FAN_OUT_LANE, MEDIA_LANE, POLL_LANE, SUBMIT_LANE, destination_lane
-from receiver.db import destinations, outbox, rejections, status, workers
+from receiver.db import destinations, outbox, rejections, retention_runs, status, workers
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.destinations import Circuit
+from receiver.db.retention_runs import RetentionRun
 from receiver.db.rows import Backlog
 from receiver.db.status import FailingFile, Rate
 from receiver.destination_settings import DestinationSettings
@@ -26,6 +27,8 @@ from receiver.submitter import Submitter
 from receiver.submitter.job import is_live
 
 JOB_HOURS: Final = 24
+LATE_RETENTION: Final = timedelta(hours=6)
+"""A run of retention that has not begun for this long is a problem."""
 OLD_SECONDS: Final = 600.0
 """Rows that wait for longer are a problem, even if no attempt has failed."""
 
@@ -82,6 +85,14 @@ class FailingFiles(TypedDict):
     """Of its last attempt."""
 
 
+class RetentionStatus(TypedDict):
+    """Retention by `RECEIVER_RETENTION_DAYS`."""
+
+    older_than_days: int
+    next_at: datetime
+    """The next run; in the past, if no worker has begun it."""
+
+
 class WorkerStatus(TypedDict):
     """A worker process."""
 
@@ -121,6 +132,12 @@ class Status(TypedDict):
     submissions_paused: bool
     lanes: list[LaneStatus]
     failing_files: FailingFiles | None
+    retention: RetentionStatus | None
+    """null if everything is kept until `receiver prune`."""
+    last_retention: RetentionRun | None
+    """The last run, of the schedule or of `receiver prune`."""
+    retention_fails: bool
+    """Whether that run failed, fails for now, or has made no progress for a day."""
     destinations: list[DestinationStatus]
     workers: list[WorkerStatus]
     disks: list[DiskStatus]
@@ -150,12 +167,21 @@ async def read_status(settings: Settings, database: Database, submitter: Submitt
                 for lane in (FAN_OUT_LANE, MEDIA_LANE, SUBMIT_LANE, POLL_LANE)
             ],
             failing_files=_failing_files(await status.find_failing_file(connection)),
+            retention=await _read_retention(connection, settings.retention_days),
+            last_retention=next(iter(await retention_runs.list_runs(connection, limit=1)), None),
+            retention_fails=await retention_runs.find_failed(connection) is not None,
             destinations=await read_destinations(connection, settings.all_destinations, backlog),
             workers=await read_workers(connection),
             disks=disks,
         )
     found["problems"] = list(find_problems(found))
     return found
+
+
+async def _read_retention(connection: SqlConnection, days: int | None) -> RetentionStatus | None:
+    if days is None:
+        return None
+    return RetentionStatus(older_than_days=days, next_at=await retention_runs.next_due(connection))
 
 
 def _failing_files(last: FailingFile | None) -> FailingFiles | None:
@@ -258,6 +284,17 @@ def find_problems(found: Status) -> Iterator[Problem]:
         text = f"rejected requests in the last hour: {rejected}"
         yield Problem(text=text, command="receiver rejections list")
     yield from _disk_problems(found["disks"])
+    yield from _retention_problems(found)
+
+
+def _retention_problems(found: Status) -> Iterator[Problem]:
+    last, plan = found["last_retention"], found["retention"]
+    if found["retention_fails"] and last is not None:
+        why = last["error"] or f"no progress since {last['seen_at']:%Y-%m-%d %H:%M:%SZ}"
+        yield Problem(text=f"the last run of retention fails: {why}", command="receiver retention list")
+    elif plan is not None and found["at"] - plan["next_at"] > LATE_RETENTION:
+        text = f"no worker has begun the run of retention of {plan['next_at']:%Y-%m-%d %H:%MZ}"
+        yield Problem(text=text, command="receiver retention list")
 
 
 def _lane_problems(lanes: Sequence[LaneStatus]) -> Iterator[Problem]:

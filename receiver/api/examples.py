@@ -356,6 +356,9 @@ STATUS: Final[dict[str, Any]] = {
     "submissions_paused": False,
     "lanes": [{"lane": "fanout", "rows": 0, "oldest_seconds": 0.0}],
     "failing_files": None,
+    "retention": {"older_than_days": 90, "next_at": _AT},
+    "last_retention": None,
+    "retention_fails": False,
     "destinations": [_DESTINATION],
     "workers": [WORKER],
     "disks": [

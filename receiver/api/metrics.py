@@ -35,6 +35,7 @@ from receiver.lanes.backlog import (
     find_paused,
     ping,
     read_backlog,
+    read_retention_age,
 )
 from receiver.metrics import (
     BACKLOG,
@@ -43,6 +44,7 @@ from receiver.metrics import (
     DEAD_LETTERS,
     JOBS_REFUSED,
     PAUSED,
+    RETENTION_AGE,
     ROWS,
     SUBMISSIONS_PAUSED,
     UNRECOGNIZED,
@@ -80,9 +82,13 @@ class RowGauges:
         dead = await count_dead_letters(self._database, destinations)
         paused_names = await find_paused(self._database)
         paused, refused = await self._submitter.paused(), await count_refused_jobs(self._database)
+        retention_age = 0.0
+        if self._settings.retention_days is not None:
+            retention_age = await read_retention_age(self._database)
         by_recoverable = await self._unrecognized()
         SUBMISSIONS_PAUSED.set(paused)
         JOBS_REFUSED.set(refused)
+        RETENTION_AGE.set(retention_age)
         for recoverable, count in by_recoverable.items():
             UNRECOGNIZED.labels(str(recoverable).lower()).set(count)
         self._names |= dead.keys() | paused_names

@@ -1,11 +1,13 @@
 """`/v1/prune` and `/v1/recovery`: old events are deleted, and unrecognized ones recovered, in parts."""
 
 import asyncio
+import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Annotated, Any, Final, Self
+from uuid import UUID
 
 from pydantic import Field, model_validator
 from starlette.responses import Response
@@ -13,8 +15,11 @@ from starlette.responses import Response
 from receiver import retention, unrecognized
 from receiver.api.endpoints import Call, Endpoint, json_response, list_response
 from receiver.api.parameters import Flag, Moment, Parameters, invalid
+from receiver.db import retention_runs
 from receiver.db.database import Database
+from receiver.db.retention_runs import Plan
 from receiver.errors import RequestError, StorageUnavailable
+from receiver.lanes.attempts import stored_text
 from receiver.media import Storage
 from receiver.retention import POSITION, Pruned
 from receiver.unrecognized import Recovered
@@ -31,6 +36,7 @@ _PRUNED: Final[dict[str, Any]] = {
     "rejections": 0,
     "actions": 0,
     "next": "events-502",
+    "run": "01a1fdfe-da8d-7f2d-8a66-991a87796372",
 }
 _RECOVERED: Final[dict[str, Any]] = {
     "was": "01a1fdfe-da8d-7f2d-8a66-991a87796372",
@@ -50,6 +56,8 @@ class PruneBody(Parameters):
     """That of the first part's answer, for all other parts."""
     next: Annotated[str, Field(pattern=POSITION)] | None = None
     """That of the answer before."""
+    run: UUID | None = None
+    """That of the first part's answer."""
     dead_letters: Flag = False
     """Delete events with dead letters, too."""
     media: Flag = False
@@ -124,33 +132,47 @@ class UpkeepEndpoints:
 
     async def _prune(self, call: Call[None, PruneBody]) -> Response:
         body = await call.read_body()
+        run = body.run
         if body.before is None:
             days = body.older_than_days or 0
             done = await retention.begin(self._database, older_than=timedelta(days=days))
+            if not body.dry_run:
+                plan = Plan(older_than_days=days, media=body.media, dead_letters=body.dead_letters)
+                host = socket.gethostname()[:255]
+                async with self._database.write() as connection:
+                    run = await retention_runs.begin(
+                        connection, plan, by=call.caller.name, host=host, before=done.before
+                    )
         else:
             done = await retention.resume(self._database, before=body.before, position=body.next)
         call.record.note_run(done.before, body.dead_letters, body.media)
+        done = await self._take_part(done, body, run)
+        if run is not None and not body.dry_run:
+            counts = retention_runs.counts_of(asdict(done))
+            async with self._database.write() as connection:
+                await retention_runs.add_part(connection, run, counts=counts, is_last=done.next is None)
+        return json_response(asdict(replace(done, run=run)))
+
+    async def _take_part(self, done: Pruned, body: PruneBody, run: UUID | None) -> Pruned:
         async with AsyncExitStack() as stack:
             storage = None
             if body.media:
                 storage = await asyncio.to_thread(self._open_storage)
                 stack.push_async_callback(storage.close)
-            batches = await stack.enter_async_context(
-                aclosing(
-                    retention.prune(
-                        self._database,
-                        done,
-                        dead_letters=body.dead_letters,
-                        dry_run=body.dry_run,
-                        storage=storage,
-                    )
-                )
+            parts = retention.prune(
+                self._database,
+                done,
+                dead_letters=body.dead_letters,
+                dry_run=body.dry_run,
+                storage=storage,
             )
             try:
-                done = await anext(batches)
+                return await anext(await stack.enter_async_context(aclosing(parts)))
             except StorageUnavailable as error:
+                if run is not None:
+                    async with self._database.write() as connection:
+                        await retention_runs.fail_part(connection, run, stored_text(error))
                 raise RequestError(str(error), code="service_unavailable", type_="api_error") from None
-        return json_response(asdict(done))
 
     async def _recover(self, call: Call[None, RecoverBody]) -> Response:
         body = await call.read_body()

@@ -59,6 +59,7 @@ SENTENCES: Final[Mapping[str, str]] = {
     "rejections": "Show rejected requests to the callback, and why.",
     "alerts": "Show alerts, with the next command for each.",
     "audit": "Show the actions of operators, with reasons and outcomes.",
+    "retention": "Show the runs of retention and their results.",
 }
 GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
     "jobs": ("list", "show", "resubmit", "cancel", "freeze", "thaw", "cost"),
@@ -70,6 +71,7 @@ GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
     "rejections": ("list", "causes", "show"),
     "alerts": ("list",),
     "audit": ("list",),
+    "retention": ("list",),
 }
 """The commands of each group, in the order of its help."""
 _MODULES: Final[Mapping[str, str]] = {

@@ -83,6 +83,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "rejections causes": ("receiver rejections causes --since 1d",),
     "rejections show": ("receiver rejections show 17",),
     "alerts list": ("receiver alerts list",),
+    "retention list": ("receiver retention list", "receiver retention list --json"),
     "audit list": ("receiver audit list --since 7d --operation erase_event",),
 }
 """By the words of the command."""

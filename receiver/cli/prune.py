@@ -56,7 +56,7 @@ def prune(
 
     done = with_client(run)
     if json:
-        print_json({name: value for name, value in asdict(done).items() if name != "next"})
+        print_json({name: value for name, value in asdict(done).items() if name not in {"next", "run"}})
         return
     verb = "to delete" if dry_run else "deleted"
     stdout.print(
@@ -81,7 +81,7 @@ async def _prune(prune_some: Callable[..., Awaitable[Pruned]], days: int) -> Asy
     done = await prune_some(older_than_days=days)
     yield done
     while done.next is not None:
-        batch = await prune_some(before=done.before, next=done.next)
+        batch = await prune_some(before=done.before, next=done.next, run=done.run)
         sums = {name: getattr(done, name) + getattr(batch, name) for name in _NUMBERS}
         done = replace(done, next=batch.next, **sums)
         yield done

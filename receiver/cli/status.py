@@ -1,7 +1,7 @@
 """`receiver status`: the service on one screen."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Final
 
@@ -82,7 +82,16 @@ def screen(found: Status) -> Group:
         free, total = disk["free_bytes"], disk["total_bytes"]
         space = "no answer" if free is None or total is None else f"{size(free)} of {size(total)} free"
         parts.append(Text(f"disk of the {disk['holds']}: {space} ({disk['path']})"))
+    parts += _retention(found)
     return Group(*parts)
+
+
+def _retention(found: Status) -> Iterator[Text]:
+    if plan := found["retention"]:
+        yield Text(f"retention: {plan['older_than_days']} days, the next run at {moment(plan['next_at'])}")
+    if last := found["last_retention"]:
+        ended = moment(last["finished_at"]) if last["finished_at"] else "not ended"
+        yield Text(f"last run of retention: {last['state']} ({ended}), {last['events']} events deleted")
 
 
 def _destination(each: DestinationStatus) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ from receiver.client.calls import Calls, Page
 from receiver.core.alerting import AlertKind
 from receiver.db.alerts import AlertState, ShownAlert
 from receiver.db.audit import Action
+from receiver.db.retention_runs import RetentionRun
 from receiver.status import Status, WorkerStatus
 
 
@@ -43,6 +44,10 @@ class OperationCalls(Calls):
             "until": until,
         }
         return await self._list(Action, "/v1/audit", query, limit=limit)
+
+    async def list_retention_runs(self, *, limit: int = 50) -> Page[RetentionRun]:
+        """Return the runs of retention with their numbers, newest first."""
+        return await self._list(RetentionRun, "/v1/retention", {}, limit=limit)
 
     async def list_alerts(
         self, *, limit: int = 200, state: AlertState | None = None, alert: AlertKind | None = None

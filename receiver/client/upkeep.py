@@ -2,6 +2,7 @@
 
 from datetime import datetime
 from typing import Final
+from uuid import UUID
 
 from receiver.api.media import FileLink, GivenUp
 from receiver.api.routing import Verdict
@@ -53,16 +54,18 @@ class UpkeepCalls(EventCalls):
         older_than_days: int | None = None,
         before: datetime | None = None,
         next: str | None = None,  # noqa: A002 - the API's name
+        run: UUID | None = None,
         dead_letters: bool = False,
         media: bool = False,
         dry_run: bool = False,
         reason: str | None = None,
     ) -> Pruned:
-        """Delete a part of the old events. The other parts take `before` and `next` of the answer."""
+        """Delete a part of the old events. The other parts take `before`, `next` and `run` of the answer."""
         body = {
             "older_than_days": older_than_days,
             "before": before,
             "next": next,
+            "run": None if run is None else str(run),
             "dead_letters": dead_letters,
             "media": media,
             "dry_run": dry_run,

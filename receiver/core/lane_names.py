@@ -8,6 +8,7 @@ MEDIA_LANE: Final = "media"
 REPLAY_LANE: Final = "replay"
 SUBMIT_LANE: Final = "submit"
 POLL_LANE: Final = "poll"
+RETENTION_LANE: Final = "retention"
 DESTINATION_STATES: Final = "destinations"
 """No lane: its signal says that an operator has paused or resumed a destination."""
 

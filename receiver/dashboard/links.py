@@ -41,7 +41,7 @@ _OTHERS: Final = {
     ("jobs", "thaw"): "/dashboard/jobs",
     ("status",): "/dashboard",
 }
-FOR_THE_SHELL: Final = frozenset({"check", "prune", "worker"})
+FOR_THE_SHELL: Final = frozenset({"check", "prune", "retention", "worker"})
 """Commands that no page can carry out: they start processes, or read the settings of their own machine."""
 
 

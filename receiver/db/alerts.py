@@ -13,7 +13,7 @@ from receiver.core.retry import GIVE_UP_SECONDS
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.connection import SqlConnection
 from receiver.db.leases import work_values
-from receiver.db.operation_tables import actions, alert_messages, alerts
+from receiver.db.operation_tables import alert_messages, alerts
 from receiver.db.rows import Claim
 from receiver.db.statements import equal, insert_for
 from receiver.db.tables import deliveries, events, in_state, jobs, probes, rejections
@@ -26,9 +26,6 @@ EXAMPLES: Final = 5
 UNSURE_SECONDS: Final = 2 * 86_400.0
 """The age up to which jobs count: a job becomes unsure within a day."""
 MISMATCH_SECONDS: Final = 900.0
-PRUNING: Final = "prune_events"
-"""The operation whose failed run is an alert."""
-
 GAP_SECONDS: Final = 15.0
 """A turn that begins later than this after it was due ends the time in which the conditions were watched."""
 
@@ -267,18 +264,3 @@ async def find_mismatches(connection: SqlConnection, sources: Collection[str]) -
         if not (await connection.execute(select(accepted))).scalar_one():
             found[name] = Occurrences(count, first_at, last_at, [str(newest)])
     return found
-
-
-async def find_failed_pruning(connection: SqlConnection, *, seconds: float) -> datetime | None:
-    """Return the time of the last run of retention if it failed, or has no outcome after `seconds`."""
-    last = (
-        select(actions.c.at, actions.c.status, (actions.c.at < db_time(-seconds)).label("is_old"))
-        .where(actions.c.operation == PRUNING, actions.c.dry_run.is_(False))
-        .order_by(actions.c.id.desc())
-        .limit(1)
-    )
-    row = (await connection.execute(last)).one_or_none()
-    if row is None:
-        return None
-    has_failed = row.is_old if row.status is None else row.status >= 500
-    return row.at if has_failed else None

@@ -13,7 +13,9 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    UniqueConstraint,
     false,
+    text,
 )
 
 from receiver.db import tables
@@ -93,4 +95,27 @@ alert_messages = Table(
     # The CloudEvent in structured mode.
     Column("message", JSON, nullable=False),
     *work_columns(),
+)
+
+RETENTION_COUNTS: Final = ("events", "kept", "files", "files_elsewhere", "jobs", "rejections", "actions")
+"""The columns with the numbers of a run of retention."""
+
+retention_runs = Table(
+    "retention_runs",
+    metadata,
+    # One row for each run. A lane claims those of the schedule; a caller's run is never due.
+    Column("id", PlainUuid, primary_key=True),
+    # The UTC day of a scheduled run, as a key: there is one a day, however many workers look for it.
+    Column("day", String(10)),
+    Column("by", Text, nullable=False),
+    Column("host", Text),
+    Column("older_than_days", Integer, nullable=False),
+    Column("before", UtcDateTime, nullable=False),
+    *(Column(name, Boolean, nullable=False) for name in ("media", "dead_letters")),
+    # Where the next part begins; null at the start and at the end.
+    Column("position", String(32)),
+    *(Column(name, BigInteger, nullable=False, server_default=text("0")) for name in RETENTION_COUNTS),
+    Column("seen_at", UtcDateTime, nullable=False),
+    *work_columns(),
+    UniqueConstraint("day"),
 )

@@ -6,7 +6,7 @@ from typing import Final
 from sqlalchemy import literal, select
 
 from receiver.core.lane_names import FAN_OUT_LANE, MEDIA_LANE, POLL_LANE, SUBMIT_LANE, destination_lane
-from receiver.db import destinations, leases, outbox, refused_jobs
+from receiver.db import destinations, leases, outbox, refused_jobs, retention_runs
 from receiver.db.database import Database
 from receiver.db.rows import Backlog
 from receiver.db.tables import events, jobs, media
@@ -49,6 +49,12 @@ async def count_refused_jobs(database: Database) -> int:
     """Return the number of jobs that Clipia refuses for now (402, 403). Raises DatabaseUnavailable."""
     async with database.read() as connection:
         return await refused_jobs.count(connection)
+
+
+async def read_retention_age(database: Database) -> float:
+    """Return the seconds since a run of retention succeeded. Raises DatabaseUnavailable."""
+    async with database.read() as connection:
+        return await retention_runs.success_age(connection)
 
 
 async def ping(database: Database) -> None:

@@ -18,15 +18,18 @@ from typing import TypeVar
 import pytest
 from sqlalchemy import select, text, update
 from structlog.testing import capture_logs
-from support.commands import command_environment
+from support.commands import ReceiverProcess, command_environment, run_command
 from support.events import until
 from support.history import count_rows, fill, fill_jobs, whole
+from support.payloads import SECRET
 from typer.testing import CliRunner
 
 from receiver import retention
 from receiver.cli import app
 from receiver.cli.prune import _watch
+from receiver.db.clock import db_time
 from receiver.db.database import Database
+from receiver.db.operation_tables import retention_runs
 from receiver.db.tables import media
 from receiver.errors import DatabaseUnavailable, ReceiverError
 from receiver.retention import Pruned
@@ -176,6 +179,36 @@ def test_ctrl_c_stops_after_the_batch(receiver: Receiver) -> None:
     assert counts == whole(counts["events"])
     assert 0 < counts["events"] < MANY
     assert b"%d events until then" % (MANY - counts["events"]) in err
+
+
+def test_a_worker_that_is_killed_in_a_nightly_run_leaves_it_to_the_next(
+    receiver: Receiver, database_url: str, tmp_path: Path
+) -> None:
+    """C13: kill -9 in the middle of a scheduled run: another worker goes on, and all events are counted."""
+    receiver.use(partial(fill, count=MANY))
+    settings = {"RECEIVER_DATABASE_URL": database_url, "RECEIVER_RETENTION_DAYS": "90"}
+    with ReceiverProcess(tmp_path, "worker", **settings) as killed:
+        receiver.use(until_in_the_middle)
+        killed.kill()
+    counts = receiver.use(count_rows)
+    assert counts == whole(counts["events"])
+    assert 0 < counts["events"] < MANY
+
+    async def end_lease(database: Database) -> None:
+        async with database.write() as connection:
+            await connection.execute(update(retention_runs).values(next_attempt_at=db_time(0.0)))
+
+    async def has_ended(database: Database) -> bool:
+        async with database.read() as connection:
+            return await connection.scalar(select(retention_runs.c.state)) == "completed"
+
+    receiver.use(end_lease)
+    with ReceiverProcess(tmp_path, "worker", **settings):
+        receiver.use(lambda database: until(partial(has_ended, database)))
+    done = run_command("retention", "list", "--json", settings=settings | {"CLIPIA_WEBHOOK_SECRET": SECRET})
+    (run,) = json.loads(done.stdout)["data"]
+    assert (run["by"], run["state"], run["events"]) == ("schedule", "completed", MANY)
+    assert receiver.use(count_rows) == whole(0)
 
 
 async def test_ctrl_c_waits_for_the_current_batch(capsys: pytest.CaptureFixture[str]) -> None:

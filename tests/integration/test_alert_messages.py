@@ -24,7 +24,7 @@ from receiver.app import create_app
 from receiver.core import alerting
 from receiver.core.retry import RetryPolicy
 from receiver.db import alerts as sql
-from receiver.db import audit, destinations, submission_freezes
+from receiver.db import destinations, retention_runs, submission_freezes
 from receiver.db.clock import db_time
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
@@ -33,6 +33,7 @@ from receiver.db.operation_tables import alert_messages
 from receiver.db.operation_tables import alerts as alerts_table
 from receiver.db.rejections import NewRejection
 from receiver.db.rejections import insert as insert_rejections
+from receiver.db.retention_runs import Plan
 from receiver.db.rows import new_id
 from receiver.db.tables import deliveries, events, probes
 from receiver.destinations import Destination, open_for_work
@@ -171,8 +172,9 @@ async def test_each_condition_in_rows_is_an_alert(world: World) -> None:
     await add_rejections(database, 3)
     async with database.write() as connection:
         await destinations.report(connection, [opened_circuit])
-        pruning = await audit.begin(connection, by="ops", operation=sql.PRUNING)
-        await audit.end(connection, pruning, {"status": 503, "code": "service_unavailable"})
+        plan, before = Plan(older_than_days=90), datetime.now(UTC)
+        run = await retention_runs.begin(connection, plan, by="ops", host="web-1", before=before)
+        await retention_runs.fail_part(connection, run, "the storage is away")
     for _ in range(3):
         await alerts.run_round(settings, database)
     kinds = ("dead_letters/orders", "destination_down/orders", "retention_failed/prune")
@@ -187,8 +189,8 @@ async def test_each_condition_in_rows_is_an_alert(world: World) -> None:
     await world.add(plain("r-3"))  # its signature was right
     async with database.write() as connection:
         await destinations.withdraw(connection, opened_circuit.process, ["orders"])
-        pruning = await audit.begin(connection, by="ops", operation=sql.PRUNING)
-        await audit.end(connection, pruning, {"status": 200})
+        run = await retention_runs.begin(connection, plan, by="ops", host="web-1", before=before)
+        await retention_runs.add_part(connection, run, counts={"events": 1}, is_last=True)
     for _ in range(3):
         await alerts.run_round(settings, database)
     assert sorted(await messages(database))[5:] == [("resolved", each) for each in expected]

@@ -102,6 +102,7 @@ GUARDED: dict[str, tuple[Scope, int]] = {
     "POST /v1/destinations/{name}/test": ("operate", 404),
     "GET /v1/alerts": ("read", 200),
     "GET /v1/audit": ("operate", 200),
+    "GET /v1/retention": ("read", 200),
     "GET /v1/rejections": ("operate", 200),
     "GET /v1/rejections/causes": ("operate", 200),
     "GET /v1/rejections/{id}": ("operate", 404),

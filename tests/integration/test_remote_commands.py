@@ -74,6 +74,7 @@ REMOTE: dict[str, tuple[list[str], int, str]] = {
     "rejections show": (["REJECTION"], 0, "no_signature"),
     "alerts list": ([], 0, "No alerts"),
     "audit list": ([], 0, "erase_event"),
+    "retention list": ([], 0, "No runs"),
 }
 """Arguments of each command that works with a receiver elsewhere, its status, and a part of its output."""
 LOCAL: dict[str, list[str]] = {

@@ -16,7 +16,8 @@ from receiver.status import Status, age
 def status(**changes: Any) -> Status:
     """Return the status of the specification's example, with changes."""
     at = datetime(2026, 1, 31, 12, tzinfo=UTC)
-    return cast("Status", {**STATUS, "at": at, "last_webhook_at": at, **changes})
+    times = {"at": at, "last_webhook_at": at, "retention": {"older_than_days": 90, "next_at": at}}
+    return cast("Status", {**STATUS, **times, **changes})
 
 
 def shown(found: Status, *, width: int) -> list[str]:
