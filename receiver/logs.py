@@ -34,13 +34,6 @@ MAX_QUEUED_RECORDS: Final = 10_000
 WRITE_DELAY_SECONDS: Final = 0.05
 """The longest time that a record waits for others, to be written with them."""
 
-_EXPORTER_LOGS: Final = (
-    "opentelemetry.exporter",
-    "opentelemetry.sdk._shared_internal",
-    "opentelemetry.sdk.trace.export",
-    "urllib3",
-)
-"""They log each failed attempt to export spans; `receiver.tracing` reports these."""
 _QUOTING: Final = ("error", "problem")
 """Fields that may quote a peer's text."""
 
@@ -230,8 +223,10 @@ def _quiet_libraries() -> None:
     for name in ("uvicorn.access", "httpx", "alembic", "httpcore", "botocore"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # These log messages and logins at any level. Their callers report the failures.
-    for name in ("aiormq", "aiokafka", "sqlalchemy", *_EXPORTER_LOGS):
+    for name in ("aiormq", "aiokafka", "sqlalchemy", "opentelemetry", "urllib3"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Of OpenTelemetry, `receiver.tracing` reports the failures to export, but not a mistyped sampler.
+    logging.getLogger("opentelemetry.sdk.trace.sampling").setLevel(logging.WARNING)
 
 
 def configure_library_logging() -> None:

@@ -29,7 +29,7 @@ from opentelemetry.trace import Span as OtelSpan
 from opentelemetry.trace import SpanKind as OtelKind
 
 from receiver import __version__
-from receiver.config_file import otlp_endpoint
+from receiver.config_file import is_web_url, otlp_endpoint
 from receiver.core.trace_context import RANDOM, SAMPLED, TraceContext, computed_ids
 from receiver.errors import SettingsError
 from receiver.tracing import Attributes, Span, SpanKind, TracedJob, Tracer, error_type
@@ -159,9 +159,12 @@ def check() -> str:
 
 
 def collector() -> str:
-    """Return the collector's origin, without a user and a path, which may be secret."""
-    parts = urlsplit(otlp_endpoint() or "")
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    """Return the collector's origin; a URL with a user, or a mistyped one, is not shown at all."""
+    endpoint = otlp_endpoint() or ""
+    if not is_web_url(endpoint, plain=True):
+        return "OTEL_EXPORTER_OTLP_ENDPOINT"
+    parts = urlsplit(endpoint)
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def _open_exporter(timeout: float | None = None) -> OTLPSpanExporter:

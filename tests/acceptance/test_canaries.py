@@ -17,6 +17,7 @@ import httpx
 import pytest
 import pytest_asyncio
 from support.clipia import MODEL, OddClipia, refused
+from support.collector import Collector
 from support.commands import ReceiverProcess, run_command
 from support.echoing import amqp_repeats, assert_hidden, http_repeats, listening, nats_repeats, redis_repeats
 from support.payloads import body, signed
@@ -55,6 +56,8 @@ SETTINGS = {
     "RECEIVER_DESTINATION_URL nats": f"nats://{{}}@127.0.0.1:{CLOSED}?subject=s.x",
     "RECEIVER_DESTINATION_URL kafka": f"kafka://user:{{}}@127.0.0.1:{CLOSED}/topic?security=sasl_plain",
     "RECEIVER_DESTINATION_URL sqs": "sqs://user:{}@sqs.eu-west-1.amazonaws.com/123456789012/q",
+    "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://user:{{}}@127.0.0.1:{CLOSED}",
+    "OTEL_EXPORTER_OTLP_HEADERS": "api-key={}",
     "AWS_SECRET_ACCESS_KEY": "{}",
     "AWS_SESSION_TOKEN": "{}",
 }
@@ -108,6 +111,10 @@ def test_no_command_shows_a_mistyped_secret(
     monkeypatch.setenv("CLIPIA_BASE_URL", clipia)
     if name.startswith("AWS_"):
         monkeypatch.setenv("RECEIVER_STORAGE_URL", f"s3://bucket?endpoint=http://127.0.0.1:{CLOSED}&region=x")
+    if name.startswith("OTEL_"):
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{CLOSED}")
+        # The library would try again for seconds.
+        monkeypatch.setattr("receiver.tracing.sdk.CHECK_SECONDS", 0.1)
     half = len(CANARY) // 2
     for kind, form in MALFORMED.items():
         parts = (CANARY,) if form.count("{}") == 1 else (CANARY[:half], CANARY[half:])
@@ -140,6 +147,7 @@ SECRETS = {
     "webhook": "wHsEcCaNaRy6f7a8b9c0",
     "token": "tOkEnCaNaRy1d2e3f4a5",
     "password": "pAsSwOrD8f3b61d2e9b7",
+    "collector": "cOlLeCtOr7a8b9c0d1e2",
     "signing": base64.b64encode(b"sIgNiNgCaNaRy1d2e3f4a5b6c7d8e9").decode(),
 }
 CONFIG = """
@@ -167,6 +175,7 @@ class Traces:
     answers: str
     commands: str
     database: str
+    spans: str
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -188,6 +197,7 @@ async def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
             refused(400, "invalid_request", repeated),
         ]
         odd.others = lambda _request: refused(401, "invalid_api_key", repeated)
+        collector = stack.enter_context(Collector())
         (folder / "receiver.toml").write_text(CONFIG.format(**ports, signing=SECRETS["signing"]))
         receiver = ReceiverProcess(
             folder,
@@ -197,6 +207,8 @@ async def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
             CLIPIA_WEBHOOK_SECRET=f" whsec_{SECRETS['webhook']}\n",
             CLIPIA_BASE_URL=f"{odd.url}\n",
             PASSWORD=f"{SECRETS['password']}\n",
+            OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
+            OTEL_EXPORTER_OTLP_HEADERS=f"api-key={SECRETS['collector']}",
         )
         await asyncio.to_thread(receiver.start)
         try:
@@ -206,7 +218,9 @@ async def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
             await asyncio.to_thread(receiver.stop)
     with closing(sqlite3.connect(folder / "receiver.db")) as connection:
         dump = "\n".join(connection.iterdump())
-    return Traces(log=receiver.log.read_text(), answers=answers, commands=commands, database=dump)
+    spans = "\n".join(each.texts() for each in collector.spans)
+    log = receiver.log.read_text()
+    return Traces(log=log, answers=answers, commands=commands, database=dump, spans=spans)
 
 
 COMMANDS = (
@@ -259,7 +273,7 @@ async def leave_traces(receiver: ReceiverProcess) -> str:
     return "\n".join(f"{each.request.url} {each.status_code} {each.headers} {each.text}" for each in answers)
 
 
-@pytest.fixture(params=["log", "answers", "commands", "database"])
+@pytest.fixture(params=["log", "answers", "commands", "database", "spans"])
 def place(request: pytest.FixtureRequest) -> str:
     """Every output that could contain a secret."""
     return str(request.param)
@@ -276,7 +290,9 @@ def test_the_peers_were_quoted(traces: Traces) -> None:
     for place in (traces.log, traces.answers, traces.commands, traces.database):
         assert "[masked]" in place
     for name in ("http", "redis", "nats", "amqp"):
+        assert f"send {name}" in traces.spans
         assert f'"{name}"' in traces.answers
+    assert "submit to Clipia" in traces.spans
     assert "unknown command" in traces.answers
     assert "Not welcome" in traces.answers
     assert "ACCESS_REFUSED" in traces.answers

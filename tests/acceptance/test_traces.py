@@ -4,21 +4,24 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import httpx
+import orjson
 import pytest
 from support.collector import Collector, Received
-from support.commands import ReceiverProcess
+from support.commands import ReceiverProcess, always, run_command
 from support.jobs import TOKEN, Sandbox, forwarded, job_receiver, wait_until_done
 from support.payloads import failure, signed
+from support.servers import Postgres
 
 from receiver.core.trace_context import computed_ids
 from receiver.db.rows import event_id
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = f"00-{TRACE}-{SPAN}-01"
-SPEECH = {"model": "gemini-3-1-flash-tts", "input": {"prompt": "a cat"}}
+SPEECH: dict[str, Any] = {"model": "gemini-3-1-flash-tts", "input": {"prompt": "a cat"}}
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +164,8 @@ def test_a_webhook_without_a_job_begins_a_trace(
     with site(tmp_path / "receiver", sandbox, collector, **tracing(collector)) as web:
         content = failure("request-1")
         headers = signed(content) | {"traceparent": PARENT, "tracestate": "a=1"}
-        response = httpx.post(f"{web.url}/clipia/webhook", content=content, headers=headers, trust_env=False)
+        url = f"{web.url}/clipia/webhook"
+        response = httpx.post(url, content=content, headers=headers, trust_env=False, timeout=60)
         assert response.status_code == 200
         event = event_id("clipia", "request-1")
         assert response.json()["event_id"] == str(event)
@@ -180,6 +184,62 @@ def test_a_webhook_without_a_job_begins_a_trace(
     # Bit 1: the trace id is random.
     assert message["traceparent"] == f"00-{trace:032x}-{sent.span_id}-03"
     assert "tracestate" not in message
+
+
+def test_a_command_begins_a_trace_and_polls_continue_it(
+    sandbox: Sandbox, collector: Collector, tmp_path: Path
+) -> None:
+    """`receiver submit` makes the first spans of its job; without a webhook, polls find the result."""
+    sandbox.change(webhook_loss_rate=1.0)
+    settings = tracing(collector, RECEIVER_POLL_AFTER="1")
+    with (
+        always(lambda: sandbox.change(webhook_loss_rate=0.0)),
+        site(tmp_path / "receiver", sandbox, collector, **settings) as web,
+    ):
+        line = ["submit", SPEECH["model"], "--input", '{"prompt": "a cat"}', "--json"]
+        done = run_command(*line, settings=web.settings, cwd=web.folder)
+        assert done.returncode == 0, done.stderr
+        job_id = orjson.loads(done.stdout)["id"]
+        trace, root = (
+            f"{each:0{size}x}" for each, size in zip(computed_ids(UUID(job_id)), (32, 16), strict=True)
+        )
+        spans = collector.wait_for(
+            lambda spans: len(by_name(spans, trace).get("UPDATE deliveries", ())) == 2, seconds=60
+        )
+    found = by_name(spans, trace)
+    submitted, received = only(found, "submit job"), only(found, "receive event")
+    assert (submitted.parent, submitted.span_id, received.parent) == ("", root, root)
+    last = max(found["poll Clipia"], key=lambda each: each.began)
+    assert {each.parent for each in found["poll Clipia"]} == {root}
+    assert only(found, "INSERT events").parent == last.span_id
+    assert only(found, "send sink").parent == received.span_id
+
+
+def test_each_web_process_exports_its_spans(collector: Collector, tmp_path: Path, postgres: Postgres) -> None:
+    """With `--workers 2`, the spans of both processes arrive, those of the last moment included."""
+    receiver = ReceiverProcess(
+        tmp_path,
+        *("serve", "--port", "0", "--workers", "2"),
+        RECEIVER_DATABASE_URL=postgres.url(template="migrated"),
+        RECEIVER_DESTINATION_URL=f"file:{tmp_path / 'events.jsonl'}",
+        # Only the end of a process exports.
+        **tracing(collector, OTEL_BSP_SCHEDULE_DELAY="600000"),
+    )
+    wanted = {f"{computed_ids(event_id('clipia', f'request-{number}'))[0]:032x}" for number in range(40)}
+    with receiver:
+        for number in range(40):
+            content = failure(f"request-{number}")
+            url = f"{receiver.url}/clipia/webhook"
+            # The processes may still start.
+            answer = httpx.post(url, content=content, headers=signed(content), trust_env=False, timeout=60)
+            assert answer.status_code == 200
+        wait_until_done(receiver.settings["RECEIVER_DATABASE_URL"])
+        assert receiver.stop() == 0
+    for name in ("receive event", "INSERT events", "send default"):
+        found = [each for each in collector.spans if each.name == name]
+        assert {each.trace_id for each in found} == wanted, name
+        assert len(found) == 40
+    assert len({each.service["process.pid"] for each in collector.spans}) == 2
 
 
 def test_sampling_is_that_of_the_caller(sandbox: Sandbox, collector: Collector, tmp_path: Path) -> None:
@@ -224,7 +284,7 @@ def test_a_collector_in_trouble_costs_no_event(
             content = failure(f"request-{number}")
             url = f"{receiver.url}/clipia/webhook"
             began = time.monotonic()
-            answer = httpx.post(url, content=content, headers=signed(content), trust_env=False)
+            answer = httpx.post(url, content=content, headers=signed(content), trust_env=False, timeout=60)
             assert answer.status_code == 200
             assert time.monotonic() - began < 5
         wait_until_done(receiver.settings["RECEIVER_DATABASE_URL"])
