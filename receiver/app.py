@@ -1,5 +1,6 @@
 """The web application: its routes, and the worker that it may embed."""
 
+import os
 import socket
 import sys
 import time
@@ -45,6 +46,7 @@ from receiver.api.replays import ReplayEndpoints
 from receiver.api.result_fetch import ResultFetchEndpoints
 from receiver.api.retention_runs import RetentionEndpoints
 from receiver.api.routing import RoutingEndpoints
+from receiver.api.settings import SettingsEndpoints
 from receiver.api.status import StatusEndpoints
 from receiver.api.tail import TailEndpoints
 from receiver.api.upkeep import UpkeepEndpoints
@@ -70,6 +72,7 @@ from receiver.removed_deliveries import RemovedDeliveries
 from receiver.result_fetch import ResultFetch
 from receiver.setting_fields import SCOPES, ApiToken
 from receiver.settings import CALLBACK_PATH, Settings
+from receiver.settings_report import report
 from receiver.status import read_status
 from receiver.submitter import Submitter
 from receiver.tracing import start_tracing
@@ -236,6 +239,7 @@ def endpoint_table(
         *FreezeEndpoints(database).table(),
         *UpkeepEndpoints(database, open_storage=open_own).table(),
         *RetentionEndpoints(database).table(),
+        *SettingsEndpoints(lambda: report(settings, os.environ)).table(),
         *StatusEndpoints(database, partial(read_status, settings, database, submitter)).table(),
         *ResultFetchEndpoints(ResultFetch(database, submitter, sources=sources, wake=wake)).table(),
         *TailEndpoints(database, known).table(),

@@ -44,6 +44,7 @@ SENTENCES: Final[Mapping[str, str]] = {
     "check": (
         "Check the settings, database, storage, destinations and API key, and print how to fix each problem."
     ),
+    "settings": "Show the settings in force and where each comes from, without a secret.",
     "healthcheck": (
         "Check that every `serve` and `worker` of this user in this container or on this machine works."
     ),

@@ -32,6 +32,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "why": ("receiver why r-4711", "receiver why order-4711/hero --json"),
     "mcp": ("receiver mcp", "receiver --url https://receiver.internal --token @token mcp --allow-write"),
     "migrate": ("receiver migrate",),
+    "settings": ("receiver settings", "receiver settings --json"),
     "check": ("receiver check", "receiver check --json"),
     "healthcheck": ("receiver healthcheck",),
     "send": (

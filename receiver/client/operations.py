@@ -7,6 +7,7 @@ from receiver.core.alerting import AlertKind
 from receiver.db.alerts import AlertState, ShownAlert
 from receiver.db.audit import Action
 from receiver.db.retention_runs import RetentionRun
+from receiver.settings_report import SettingsReport
 from receiver.status import Status, WorkerStatus
 
 
@@ -16,6 +17,11 @@ class OperationCalls(Calls):
     async def show_status(self) -> Status:
         """Return lanes, destinations, workers, jobs and disks, and the problems in them."""
         found: Status = await self._get(Status, "/v1/status")
+        return found
+
+    async def show_settings(self) -> SettingsReport:
+        """Return the settings in force of the receiver's process, without a secret."""
+        found: SettingsReport = await self._get(SettingsReport, "/v1/settings")
         return found
 
     async def list_workers(self) -> list[WorkerStatus]:

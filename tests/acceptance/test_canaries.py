@@ -122,7 +122,9 @@ def test_no_command_shows_a_mistyped_secret(
         quoted = (f'"{value}"', f"{value}\n") if kind == "as it is" else ()
         for typed in (value, *quoted):
             monkeypatch.setenv(name, typed)
-            printed = run(["check"], monkeypatch) + run(["account"], monkeypatch)
+            printed = (
+                run(["check"], monkeypatch) + run(["settings"], monkeypatch) + run(["account"], monkeypatch)
+            )
             out, err = capsys.readouterr()
             assert "Traceback" not in printed + out + err, (kind, printed[-3000:], out, err)
             assert_hidden(printed + out + err, CANARY)
@@ -225,6 +227,8 @@ async def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
 
 COMMANDS = (
     "check",
+    "settings",
+    "settings --json",
     "account",
     "models",
     "jobs list --json",
@@ -268,7 +272,14 @@ async def leave_traces(receiver: ReceiverProcess) -> str:
         job_ids = [each.json()["id"] for each in answers[1:] if "id" in each.json()]
         job_ids += [each.json()["job_id"] for each in answers[1:] if "job_id" in each.json()]
         paths = ["/v1/jobs", *(f"/v1/jobs/{each}" for each in job_ids), "/v1/account", "/v1/models"]
-        paths += ["/v1/events", f"/v1/events/{event_id}", "/metrics", "/readyz", "/v1/replays"]
+        paths += [
+            "/v1/events",
+            f"/v1/events/{event_id}",
+            "/metrics",
+            "/readyz",
+            "/v1/replays",
+            "/v1/settings",
+        ]
         answers += [deliveries, *[await client.get(path) for path in paths]]
     return "\n".join(f"{each.request.url} {each.status_code} {each.headers} {each.text}" for each in answers)
 

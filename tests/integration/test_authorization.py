@@ -65,6 +65,7 @@ GUARDED: dict[str, tuple[Scope, int]] = {
     "GET /v1/account": ("operate", 200),
     "GET /v1/status": ("read", 200),
     "GET /v1/media/{id}": ("read", 404),
+    "GET /v1/settings": ("operate", 200),
     "GET /v1/workers": ("read", 200),
     "GET /v1/events/{id}/route": ("operate", 404),
     "GET /v1/events/{id}/links": ("operate", 404),

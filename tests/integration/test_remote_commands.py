@@ -69,6 +69,7 @@ REMOTE: dict[str, tuple[list[str], int, str]] = {
     "media verify": ([], 0, "0 intact"),
     "media link": (["r-1"], 0, ""),
     "media give-up": (["r-1"], 1, "No download"),
+    "settings": ([], 0, "CLIPIA_KEY"),
     "rejections list": ([], 0, "no_signature"),
     "rejections causes": ([], 0, "no_signature"),
     "rejections show": (["REJECTION"], 0, "no_signature"),
