@@ -6,7 +6,18 @@ from starlette.routing import BaseRoute, Route
 
 from receiver.api.auth import Tokens
 from receiver.client.local import LocalClients
-from receiver.dashboard import dead_letters, destinations, events, generation, overview, rejections
+from receiver.dashboard import (
+    audit,
+    dead_letters,
+    destinations,
+    events,
+    generation,
+    jobs,
+    overview,
+    rejections,
+    replays,
+    settings,
+)
 from receiver.dashboard.files import Files
 from receiver.dashboard.login import Login
 from receiver.dashboard.pages import HOME, Guard, Page
@@ -20,6 +31,10 @@ PAGES: Sequence[Page] = (
     *destinations.PAGES,
     *dead_letters.PAGES,
     *rejections.PAGES,
+    *replays.PAGES,
+    *jobs.PAGES,
+    *audit.PAGES,
+    *settings.PAGES,
 )
 """All pages that need a session."""
 

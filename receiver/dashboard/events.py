@@ -44,7 +44,7 @@ async def show(visit: Visit) -> View:
         page = await visit.client.list_events(
             limit=PAGE_ROWS,
             cursor=visit.request.query_params.get("cursor"),
-            metadata=_read_metadata(metadata),
+            metadata=read_metadata(metadata),
             **filters,
         )
     except RequestError as raised:
@@ -63,7 +63,7 @@ async def show(visit: Visit) -> View:
     return View(template="events.html", values=values, status=status)
 
 
-def _read_metadata(text: str) -> dict[str, str]:
+def read_metadata(text: str) -> dict[str, str]:
     """Return the filter by metadata of a text such as `order=4711`. Raises RequestError."""
     if not text:
         return {}

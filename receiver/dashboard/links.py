@@ -5,6 +5,7 @@ from typing import Final
 from urllib.parse import quote, urlencode
 
 _LISTS: Final = {
+    ("alerts", "list"): "/dashboard/audit/alerts",
     ("audit", "list"): "/dashboard/audit",
     ("deliveries", "failures"): "/dashboard/dead-letters",
     ("deliveries", "list"): "/dashboard/dead-letters",
@@ -36,9 +37,9 @@ _OBJECTS: Final = {
 _SINGLE: Final = {"replay": "/dashboard/generations/{}", "route": "/dashboard/generations/{}"}
 """Commands of one word whose argument is the id of a page's object."""
 _OTHERS: Final = {
-    ("account",): "/dashboard/jobs",
+    ("account",): "/dashboard/jobs/account",
     ("events", "recover"): "/dashboard/events/recover",
-    ("jobs", "thaw"): "/dashboard/jobs",
+    ("jobs", "thaw"): "/dashboard/jobs/account",
     ("status",): "/dashboard",
 }
 FOR_THE_SHELL: Final = frozenset({"check", "prune", "retention", "worker"})

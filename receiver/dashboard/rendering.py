@@ -48,6 +48,9 @@ NOTICES: Final = {
     "result_known": "The result was stored already.",
     "recovered": "Unrecognized events that were read: {number}.",
     "paused": "It is paused: events wait.",
+    "frozen": "Submissions are frozen.",
+    "thawed": "Jobs are submitted again. Jobs that may have been sent and are unsure now: {count}.",
+    "replay_canceled": "The replay was canceled.",
     "resumed": "Deliveries go on.",
     "retried": "{count} dead letters will be delivered again.",
 }

@@ -209,7 +209,8 @@ def test_a_cause_is_retried(window: Window, site: Desk) -> None:
     page.locator(".notice.good").wait_for()
     site.assert_on_record("retry_dead_letters", "corrected")
     site.wait_for_delivery("of-the-cause", "delivered")
-    assert site.delivery("other-cause")["state"] == "dead"
+    # A retry would have made it anew, with the consumer's answer as its error.
+    assert site.delivery("other-cause")["error"] == f"PublishRejected: {MARKUP}"
     site.wait_for_delivery("always-dead", "dead")
 
 

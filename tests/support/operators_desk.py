@@ -16,9 +16,10 @@ from playwright.sync_api import Locator, Page
 from sqlalchemy import Table, update
 
 from receiver.db.database import Database
+from receiver.db.tables import jobs
 from support.browser import Window
 from support.commands import ReceiverProcess
-from support.jobs import TOKEN, Sandbox, job_receiver, run
+from support.jobs import IMAGE, TOKEN, Sandbox, job_receiver, run
 from support.payloads import body, signed
 
 SECONDS: Final = 30.0
@@ -114,6 +115,31 @@ class Desk:
         content = body(request_id, **{"status": "ERROR", "payload": None, "error": {"code": "X"}, **changes})
         answer = httpx.post(f"{self.url}/clipia/webhook", content=content, headers=signed(content))
         assert answer.status_code == 200, answer.text
+
+    def submit(self, key: str, **values: Any) -> None:
+        """Submit a job."""
+        content = {"model": IMAGE[0], "input": IMAGE[1], **values}
+        response = self._api.post("/v1/jobs", json=content, headers={"Idempotency-Key": key})
+        assert response.is_success, response.text
+
+    def unsure_job(self, key: str) -> dict[str, Any]:
+        """Make a job whose submission may have reached Clipia, and which no webhook will settle."""
+        self.sandbox.change(duration=3600.0)
+        self.submit(key)
+        job = self.wait_for_job(key, "submitted")
+        self.sandbox.change(duration=0.0)
+        self.change(jobs, job["id"], state="unsure", request_id=None)
+        return job
+
+    def wait_for_job(self, key: str, state: str = "completed") -> dict[str, Any]:
+        """Wait until the job of a key is in a state."""
+
+        def find() -> dict[str, Any] | None:
+            rows = self.get("/v1/jobs", state=state, limit=200)
+            return next((row for row in rows if row["idempotency_key"] == key), None)
+
+        found: dict[str, Any] = wait_until(find, f"{key} is {state}")
+        return found
 
     def dead_letter(self, request_id: str, answer: str = "no such order") -> dict[str, Any]:
         """Let the consumer reject an event, and return its dead letter."""
