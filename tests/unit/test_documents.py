@@ -1,5 +1,6 @@
 """The documents name what there is: their links and paths lead to files, and their tables are complete."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,16 @@ def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
         file = (page.parent / target).resolve() if target else page
         assert file.exists(), link
         assert not anchor or anchor in anchors(file), link
+
+
+def test_the_index_has_every_page() -> None:
+    """Each page of docs/ has one line with a description, and so has it for language models (llmstxt.org)."""
+    index = text_of("docs/README.md")
+    assert index.startswith("# Clipia receiver\n\n> ")
+    listed = re.findall(r"^- \[[^\]]+\]\(([^)]+)\): \S.*$", index, re.MULTILINE)
+    pages = {os.path.relpath(page, ROOT / "docs") for page in PAGES} - {"README.md"}
+    assert sorted(listed) == sorted(pages | {"../CHANGELOG.md"}), "add a line to docs/README.md"
+    assert text_of("docs/llms.txt") == index, "run cp docs/README.md docs/llms.txt"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
