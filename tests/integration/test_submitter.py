@@ -73,6 +73,18 @@ async def test_a_job_is_submitted(world: World, sandbox: Sandbox) -> None:
     assert job.as_dict()["request_id"] == job.request_id
 
 
+async def test_a_job_keeps_its_callers_trace(world: World) -> None:
+    """The module stores a valid `traceparent` with its job, and ignores an invalid one."""
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    submitter = world.submitter()
+    for key, given in (("valid", parent), ("invalid", parent.upper()), ("none", None)):
+        await submitter.submit(MODEL, PROMPT, idempotency_key=key, traceparent=given, tracestate="a=1")
+    # The first call with a key decides.
+    await submitter.submit(MODEL, PROMPT, idempotency_key="none", traceparent=parent)
+    rows = {row["idempotency_key"]: (row["traceparent"], row["tracestate"]) for row in await world.rows(jobs)}
+    assert rows == {"valid": (parent, "a=1"), "invalid": (None, None), "none": (None, None)}
+
+
 async def test_the_same_key_is_the_same_job(world: World, sandbox: Sandbox) -> None:
     """F8: a repeated call returns the existing job, even if its parameters have another order."""
     submitter = world.submitter()
