@@ -20,7 +20,7 @@ from receiver.dashboard import (
 )
 from receiver.dashboard.files import Files
 from receiver.dashboard.login import Login
-from receiver.dashboard.pages import HOME, Guard, Page
+from receiver.dashboard.pages import HOME, Guard, Page, missing
 from receiver.dashboard.rendering import send_static
 from receiver.dashboard.sessions import Sessions
 
@@ -35,6 +35,7 @@ PAGES: Sequence[Page] = (
     *jobs.PAGES,
     *audit.PAGES,
     *settings.PAGES,
+    Page(path="/{path:path}", handler=missing),
 )
 """All pages that need a session."""
 

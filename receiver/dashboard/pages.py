@@ -8,9 +8,11 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from http import HTTPStatus
 from typing import Any, Final, Literal
 from urllib.parse import parse_qsl, urlencode
 
+import structlog
 from starlette.datastructures import ImmutableMultiDict
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import RedirectResponse, Response
@@ -23,6 +25,7 @@ from receiver.client.local import LocalClients
 from receiver.dashboard.origin import is_own_page
 from receiver.dashboard.rendering import SAFE_HEADERS, render
 from receiver.dashboard.sessions import COOKIE, Session, Sessions
+from receiver.error_texts import error_text, traceback_lines
 from receiver.errors import (
     ClipiaUnavailable,
     DatabaseUnavailable,
@@ -46,6 +49,8 @@ EXPECTED: Final = (
 """Errors that a page shows; any other error is a bug."""
 
 Form = ImmutableMultiDict[str, str]
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,22 +149,30 @@ class Guard:
         if session is None:
             return _to_login(request)
         caller = session.token.caller
+        show = partial(_show, request, caller)
         try:
             form = await read_form(request) if page.method == "POST" else Form()
             visit = Visit(request=request, caller=caller, client=self._clients.client(caller), form=form)
-            answer = await page.handler(visit)
+            response = show(await page.handler(visit))
         except EXPECTED as error:
-            answer = _error_view(error)
+            response = show(_error_view(error, is_action=page.method == "POST"))
         except ClientDisconnect:
             return Response(status_code=400)  # the browser is gone; Starlette needs some response
-        response = (
-            render(request, answer.template, answer.values, status=answer.status, caller=caller)
-            if isinstance(answer, View)
-            else answer
-        )
+        except Exception as error:  # noqa: BLE001 - a live section would swap a bare 500 in, and be empty
+            log.error("a page failed", page=page.path, error=error_text(error))
+            log.debug("the failure's traceback", frames=traceback_lines(error))
+            text = 'The receiver\'s log has the error: look for "a page failed".'
+            response = show(_failure("A bug in the receiver", text, 500))
         if not is_live(request):
             set_cookie(response, session.renewed(time.time()))
         return response
+
+
+async def missing(visit: Visit) -> View | Response:
+    """Answer a visit to an address that no page has."""
+    if visit.key == "":
+        return go_to(HOME)
+    return _failure("Not found", "The dashboard has no such page.", 404)
 
 
 def is_live(request: Request) -> bool:
@@ -204,6 +217,12 @@ def foreign_form(request: Request) -> Response:
     )
 
 
+def _show(request: Request, caller: Caller, answer: View | Response) -> Response:
+    if isinstance(answer, Response):
+        return answer
+    return render(request, answer.template, answer.values, status=answer.status, caller=caller)
+
+
 def _to_login(request: Request) -> Response:
     target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
     login = f"{LOGIN}?{urlencode({'next': target if request.method == 'GET' else HOME})}"
@@ -212,6 +231,7 @@ def _to_login(request: Request) -> Response:
     return go_to(login)
 
 
+_AGAIN: Final = "This page tries again by itself."
 _TITLES: Final[Mapping[int, str]] = {
     400: "This input is not valid",
     402: "Too expensive",
@@ -223,19 +243,19 @@ _TITLES: Final[Mapping[int, str]] = {
 }
 
 
-def _error_view(error: ReceiverError) -> View:
+def _error_view(error: ReceiverError, *, is_action: bool) -> View:
     status = _status_of(error)
     text = str(error)
     if isinstance(error, DatabaseUnavailable):
-        text = (
-            "The database does not answer. Webhooks are answered 503 until it does, and Clipia sends them "
-            "again. This page tries again by itself."
-        )
-    return View(
-        template="error.html",
-        values={"title": _TITLES.get(status, "An error"), "text": text, "tries_again": status == 503},
-        status=status,
-    )
+        text = "The database does not answer. Webhooks are answered 503 until it does, and Clipia sends them again. "
+        text += "The action may have been carried out: look before you repeat it." if is_action else _AGAIN
+    tries_again = status == HTTPStatus.SERVICE_UNAVAILABLE and not is_action
+    return _failure(_TITLES.get(status, "An error"), text, status, tries_again=tries_again)
+
+
+def _failure(title: str, text: str, status: int, *, tries_again: bool = False) -> View:
+    values = {"title": title, "text": text, "tries_again": tries_again}
+    return View(template="error.html", values=values, status=status)
 
 
 def _status_of(error: ReceiverError) -> int:

@@ -232,3 +232,25 @@ async def test_odd_forms_are_errors(client: httpx.AsyncClient) -> None:
     for content in (b"token=" + b"x" * 300_000, b"\xff=1", b"a=1&" * 2000):
         response = await client.post("/dashboard/login", content=content, headers=OWN)
         assert response.status_code == 400
+
+
+async def test_an_unknown_page_is_a_page(client: httpx.AsyncClient) -> None:
+    """An address that no page has shows a page with the way on; without a session it leads to the login."""
+    assert (await client.get("/dashboard/nothing")).status_code == 303
+    await log_in(client)
+    response = await client.get("/dashboard/nothing")
+    assert (response.status_code, "no such page" in response.text) == (404, True)
+    assert (await client.get("/dashboard/")).headers["location"] == "/dashboard"
+
+
+async def test_a_bug_is_a_page(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler that fails answers with a page, and never with the text of its error."""
+
+    async def fail(_self: object) -> None:
+        raise ZeroDivisionError("a text of a library")
+
+    monkeypatch.setattr("receiver.client.Client.show_status", fail)
+    await log_in(client)
+    response = await client.get("/dashboard")
+    assert (response.status_code, "a text of a library" in response.text) == (500, False)
+    assert "A bug in the receiver" in response.text
