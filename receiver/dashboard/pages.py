@@ -231,7 +231,11 @@ def _to_login(request: Request) -> Response:
     return go_to(login)
 
 
+_DATABASE: Final = (
+    "The database does not answer. Webhooks are answered 503 until it does, and Clipia sends them again."
+)
 _AGAIN: Final = "This page tries again by itself."
+_LOOK: Final = "The action may have been carried out: look before you repeat it."
 _TITLES: Final[Mapping[int, str]] = {
     400: "This input is not valid",
     402: "Too expensive",
@@ -247,8 +251,7 @@ def _error_view(error: ReceiverError, *, is_action: bool) -> View:
     status = _status_of(error)
     text = str(error)
     if isinstance(error, DatabaseUnavailable):
-        text = "The database does not answer. Webhooks are answered 503 until it does, and Clipia sends them again. "
-        text += "The action may have been carried out: look before you repeat it." if is_action else _AGAIN
+        text = f"{_DATABASE} {_LOOK if is_action else _AGAIN}"
     tries_again = status == HTTPStatus.SERVICE_UNAVAILABLE and not is_action
     return _failure(_TITLES.get(status, "An error"), text, status, tries_again=tries_again)
 
