@@ -214,6 +214,8 @@ class JobDetails(_Work):
     charged: Credits | None
     warnings: list[dict[str, Any]] | None
     path_token: str | None
+    traceparent: str | None
+    tracestate: str | None
     event: JobEvent | None
     attempt_log: list[LoggedAttempt]
     """Empty in lists."""
