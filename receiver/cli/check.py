@@ -21,7 +21,13 @@ from receiver.cli.terminal import amount, count, moment, print_json, stdout
 from receiver.cli.waiting import find_missing, process_name
 from receiver.clipia.client import Call, open_client
 from receiver.config_file import otlp_endpoint
-from receiver.core.lane_names import FAN_OUT_LANE, POLL_LANE, SUBMIT_LANE, destination_lane
+from receiver.core.lane_names import (
+    FAN_OUT_LANE,
+    POLL_LANE,
+    RETENTION_LANE,
+    SUBMIT_LANE,
+    destination_lane,
+)
 from receiver.core.signature import Secret
 from receiver.db import jobs, migrate, outbox, rejections, submission_freezes
 from receiver.db.masking import mask_errors
@@ -195,6 +201,7 @@ class _Check:
                 self._warn("worker", f"{name} was last seen {age}; it has crashed")
         names = [destination_lane(each.name) for each in settings.all_destinations]
         lanes = [FAN_OUT_LANE, *names, *([SUBMIT_LANE, POLL_LANE] if settings.clipia_key else [])]
+        lanes += [RETENTION_LANE] if settings.retention_days is not None else []
         if missing := find_missing(seen, lanes):
             self._warn("worker", missing)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
-from receiver.core.lane_names import POLL_LANE, SUBMIT_LANE, destination_lane
+from receiver.core.lane_names import POLL_LANE, RETENTION_LANE, SUBMIT_LANE, destination_lane
 from receiver.errors import UsageError
 from receiver.exit_status import NO_WORKER, TIMED_OUT
 from receiver.status import WorkerStatus
@@ -79,6 +79,11 @@ def _missing_for(lane: str, running: Sequence[WorkerStatus], live: bool | None) 
         return _missing_key(able, running, live)
     if able:
         return None
+    if lane == RETENTION_LANE:
+        return (
+            "no running worker deletes old events: set RECEIVER_RETENTION_DAYS for the workers, too, and "
+            "restart them"
+        )
     name = lane.removeprefix(destination_lane(""))
     return f"no running worker has the destination {name!r}: restart the workers with this command's settings"
 

@@ -11,7 +11,10 @@ from support.payloads import SECRET
 from typer.testing import CliRunner
 
 from receiver.cli import app
+from receiver.cli.waiting import find_missing
+from receiver.core.lane_names import RETENTION_LANE
 from receiver.destination_control import collected_problems
+from receiver.status import WorkerStatus
 
 
 @pytest.fixture(params=["before", "inside"])
@@ -69,3 +72,10 @@ def test_a_database_that_every_user_can_read_is_a_warning(
         texts = [each["message"] for each in json.loads(result.stdout)["data"] if each["level"] == "warning"]
         assert any(f"chmod o= {file}" in text for text in texts) == warned, texts
         assert file.stat().st_mode & 0o777 == mode
+
+
+def test_a_worker_without_retention_is_named() -> None:
+    """The schedule needs the setting at a worker, not only at the process that checks."""
+    worker = WorkerStatus(host="web-1", pid=7, lanes=["media"], running=True, seen_seconds_ago=1.0, live=None)
+    assert "RECEIVER_RETENTION_DAYS for the workers" in (find_missing([worker], [RETENTION_LANE]) or "")
+    assert find_missing([worker | {"lanes": [RETENTION_LANE]}], [RETENTION_LANE]) is None
