@@ -126,26 +126,36 @@ def test_any_id_is_found(browser: Browser, site: Site, kind: str) -> None:
 def test_a_dead_letter_is_retried(browser: Browser, site: Site) -> None:
     """The verdict is on top, and a retry delivers the event and goes on record with its reason."""
     site.receive(body("poison-retry"))
-    site.wait_for_state("poison-retry", "delivery_dead")
-    site.consumer.takes_all = True
-    with browser.window(site.url) as window:
+    event = site.wait_for_state("poison-retry", "delivery_dead")
+    with browser.window(site.url) as window, site.consumer.taking_all():
         page = window.log_in(TOKEN, path="/dashboard/generations/poison-retry").page
         assert "orders has not got it" in page.locator("section.verdict").inner_text()
         act(page, "Retry the delivery to orders", "orders is mended")
         assert "due now" in done(page)
-        page.wait_for_selector("section.verdict.delivered")  # the page reads itself again
-    site.consumer.takes_all = False
-    assert site.why("poison-retry")["state"] == "delivered"
-    action = site.last_action()
+        site.wait_for_state("poison-retry", "delivered")
+        action = site.last_action()
     assert (action["operation"], action["reason"]) == ("retry_dead_letter", "orders is mended")
+    assert action["target"] in {each["id"] for each in event["deliveries"]}
+
+
+def test_a_generation_is_live(browser: Browser, site: Site) -> None:
+    """The verdict and the deliveries change without a person's action."""
+    site.receive(body("poison-live"))
+    event = site.wait_for_state("poison-live", "delivery_dead")
+    (dead,) = [each["id"] for each in event["deliveries"] if each["state"] == "dead"]
+    with browser.window(site.url) as window, site.consumer.taking_all():
+        page = window.log_in(TOKEN, path="/dashboard/generations/poison-live").page
+        expect(page.locator(f"#delivery-{dead}")).to_contain_text("dead")
+        site.post(f"/v1/deliveries/{dead}/retry")
+        page.wait_for_selector("section.verdict.delivered")
+        expect(page.locator(f"#delivery-{dead}")).to_contain_text("delivered")
 
 
 def test_a_dead_letter_is_retried_by_keyboard_alone(browser: Browser, site: Site) -> None:
     """From the login to the retry a person needs Tab, Enter and letters."""
     site.receive(body("poison-keys"))
     site.wait_for_state("poison-keys", "delivery_dead")
-    site.consumer.takes_all = True
-    with browser.window(site.url) as window:
+    with browser.window(site.url) as window, site.consumer.taking_all():
         page = window.page
         page.goto("/dashboard")
         page.keyboard.type(TOKEN)  # the field has the focus
@@ -162,8 +172,7 @@ def test_a_dead_letter_is_retried_by_keyboard_alone(browser: Browser, site: Site
         tab_to(page, "details[open] button")
         page.keyboard.press("Enter")
         assert "due now" in done(page)
-    site.wait_for_state("poison-keys", "delivered")
-    site.consumer.takes_all = False
+        site.wait_for_state("poison-keys", "delivered")
     assert site.last_action()["reason"] == "by keyboard"
 
 

@@ -79,6 +79,15 @@ class Consumer:
         self.origin = f"http://127.0.0.1:{self._server.server_address[1]}"
         self.url = f"{self.origin}/orders"
 
+    @contextmanager
+    def taking_all(self) -> Iterator[None]:
+        """Reject nothing inside the block."""
+        self.takes_all = True
+        try:
+            yield
+        finally:
+            self.takes_all = False
+
     def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self

@@ -1,24 +1,29 @@
 // If a page that reads itself again gets no answer, its figures are old: say so until an answer comes.
 "use strict";
-const stale = document.getElementById("stale");
 let last = new Date();
-document.addEventListener("htmx:error", () => {
-  stale.textContent = `The receiver does not answer. This page is as of ${last.toISOString().slice(11, 19)} UTC.`;
+const say = (text) => {
+  const stale = document.getElementById("stale");
+  stale.textContent = `${text} This page is as of ${last.toISOString().slice(11, 19)} UTC.`;
   stale.hidden = false;
+};
+document.addEventListener("htmx:error", () => say("The receiver does not answer."));
+document.addEventListener("htmx:after:request", (event) => {
+  const { response, text } = event.detail.ctx;
+  // An error page of a proxy, or a bug: to swap it in would remove the section, and nothing would read it again.
+  if (response.status === 401 || text.includes('id="live"')) return;
+  say("The receiver answers with an error.");
+  event.preventDefault();
 });
 document.addEventListener("htmx:after:swap", () => {
   last = new Date();
-  stale.hidden = true;
+  document.getElementById("stale").hidden = true;
 });
 
 // A list that is followed stands still while its rows are selected, or if the person says so.
-const follow = document.getElementById("follow");
-if (follow) {
-  follow.parentElement.hidden = false;
-  document.addEventListener("change", (event) => {
-    if (event.target.name === "ids" && event.target.checked) follow.checked = false;
-  });
-  document.addEventListener("htmx:before:request", (event) => {
-    if (!follow.checked) event.preventDefault();
-  });
-}
+const isFollowed = () => document.getElementById("follow")?.checked ?? true;
+document.addEventListener("change", (event) => {
+  if (event.target.name === "ids" && event.target.checked) document.getElementById("follow").checked = false;
+});
+document.addEventListener("htmx:before:request", (event) => {
+  if (!isFollowed()) event.preventDefault();
+});
