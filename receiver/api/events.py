@@ -30,6 +30,7 @@ from receiver.api.parameters import (
     MetadataFilter,
     Moment,
     Parameters,
+    QueryFlag,
     Seconds,
     invalid,
     one_of,
@@ -97,6 +98,13 @@ class EventsQuery(MetadataFilter):
         return EventFilter(**self.model_dump(exclude={"limit", "cursor", "after", "wait"}))
 
 
+class EventQuery(Parameters):
+    """The form of an event."""
+
+    exact: QueryFlag = False
+    """Give the exact bytes of the body, too, even if `body` does not differ from them."""
+
+
 class ReceiptsQuery(Parameters):
     """A page of receipts."""
 
@@ -143,6 +151,7 @@ class EventEndpoints:
                 handler=self._show,
                 name="show_event",
                 summary="Show an event with its body, receipts, files, deliveries and every attempt",
+                query=EventQuery,
                 answer=ShownEvent,
                 example=examples.EVENT,
                 errors=("not_found",),
@@ -206,9 +215,12 @@ class EventEndpoints:
             # Without a pause if events were read and none matches.
             await asyncio.sleep(min(POLL_SECONDS, left) if until == start else 0)
 
-    async def _show(self, call: Call[None, None]) -> Response:
+    async def _show(self, call: Call[EventQuery, None]) -> Response:
         event = await load_event(self._database, call.key, reads.show_event)
-        return json_response(readable(event, self._internal_url))
+        shown = readable(event, self._internal_url)
+        if call.query.exact:
+            shown["body_base64"] = base64.b64encode(event["body"]).decode()
+        return json_response(shown)
 
     async def _erase(self, call: Call[None, None]) -> Response:
         # Opened for this call alone: a process without a worker must be able to start without a storage.

@@ -32,7 +32,7 @@ class ShownEvent(EventHead):
     body: NotRequired[Any]
     """The signed body as JSON; absent if it is none."""
     body_base64: NotRequired[Base64]
-    """The exact bytes, if they are no JSON or differ from `body`."""
+    """The exact bytes, if they are no JSON or differ from `body`, or with `exact`."""
     altered: NotRequired[list[str]]
     """The places at which `body` differs from the bytes."""
     recoverable: NotRequired[bool]

@@ -106,10 +106,16 @@ def list_(
 
 
 @events.command()
-def show(key: EventKey, json: Json = False) -> None:
+def show(
+    key: EventKey,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="With --json: the exact bytes of the body, too, as base64.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Show one event with its receipts, its files, its deliveries and every attempt at them."""
     with missing(no_event(key)):
-        event = with_client(lambda client: client.show_event(key))
+        event = with_client(lambda client: client.show_event(key, exact=exact))
     print_result(event, partial(_print_event, event), json=json)
 
 

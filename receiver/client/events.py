@@ -65,9 +65,13 @@ class EventCalls(Calls):
         page: Page[EventSummary] = await self._get(Page[EventSummary], "/v1/events", query, wait=wait)
         return page
 
-    async def show_event(self, key: str) -> ShownEvent:
-        """Return an event, by its id or request_id, with its receipts, files, deliveries and attempts."""
-        found: ShownEvent = await self._get(ShownEvent, await self._event_path(key))
+    async def show_event(self, key: str, *, exact: bool = False) -> ShownEvent:
+        """Return an event, by its id or request_id, with its receipts, files, deliveries and attempts.
+
+        With `exact`, it always has the exact bytes of its body.
+        """
+        query = {"exact": exact or None}
+        found: ShownEvent = await self._get(ShownEvent, await self._event_path(key), query)
         return found
 
     async def list_receipts(

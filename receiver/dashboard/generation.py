@@ -18,13 +18,14 @@ from receiver.submitter.job import Job
 
 MAX_REPLAYS: Final = 5
 """The newest replays of an event that are shown with their reasons."""
+MAX_DIGITS: Final = 19
 
 
 async def show(visit: Visit) -> View:
     """Show the object that an id belongs to, with the verdict on top."""
     found = await visit.client.explain_object(visit.key)
     event_id, job_id = found["event_id"], found["job_id"]
-    event = None if event_id is None else await visit.client.show_event(str(event_id))
+    event = None if event_id is None else await visit.client.show_event(str(event_id), exact=True)
     job = None if job_id is None else await visit.client.show_job(job_id)
     values = {
         "key": visit.key,
@@ -105,6 +106,25 @@ async def give_up_files(visit: Visit) -> Response:
     return _done(visit, "files_given_up", number=found["given_up"])
 
 
+async def count_promotion(visit: Visit) -> View:
+    """Show what the promotion of a conflict would change."""
+    found = await visit.client.promote_receipt(visit.key, _read_receipt(visit), dry_run=True)
+    return View(template="promote.html", values={"found": found})
+
+
+async def promote(visit: Visit) -> Response:
+    """Make the body of a conflict the event's body."""
+    found = await visit.client.promote_receipt(visit.key, _read_receipt(visit), reason=visit.reason)
+    return done(page_of_key(found.event_id), "promoted", number=len(found.destinations))
+
+
+def _read_receipt(visit: Visit) -> int:
+    text = visit.field("receipt")
+    if not (text.isascii() and text.isdigit() and len(text) < MAX_DIGITS):
+        raise RequestError("there is no such receipt", code="not_found")
+    return int(text)
+
+
 async def erase_event(visit: Visit) -> Response:
     """Erase an event for good."""
     await visit.client.erase_event(visit.key, reason=visit.reason)
@@ -143,6 +163,8 @@ PAGES = (
     Page(method="POST", path="/deliveries/{id}/retry", handler=retry_delivery),
     Page(method="POST", path="/deliveries/{id}/discard", handler=discard_delivery),
     Page(method="POST", path="/events/{id}/give-up", handler=give_up_files),
+    Page(method="POST", path="/events/{id}/promote/count", handler=count_promotion),
+    Page(method="POST", path="/events/{id}/promote", handler=promote),
     Page(method="POST", path="/events/{id}/erase", handler=erase_event),
     Page(method="POST", path="/jobs/{id}/resubmit", handler=resubmit_job),
     Page(method="POST", path="/jobs/{id}/cancel", handler=cancel_job),

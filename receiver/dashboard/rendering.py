@@ -44,6 +44,7 @@ NOTICES: Final = {
     "job_resubmitted": "The job is submitted again.",
     "job_canceled": "The job was canceled.",
     "job_unsure": "The job is unsure now: Clipia may have it.",
+    "promoted": "The other body is the event's now. Destinations that get it: {number}.",
     "result_stored": "Clipia's result is stored.",
     "result_known": "The result was stored already.",
     "recovered": "Unrecognized events that were read: {number}.",

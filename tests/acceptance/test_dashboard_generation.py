@@ -1,5 +1,7 @@
 """The page of one generation in a real browser: what it shows, and each action on it."""
 
+import base64
+import hashlib
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +11,7 @@ from support.browser import PHONE, Browser, Scheme
 from support.dashboard import EVIL_SVG, HOSTILE, Site, running_site
 from support.events import with_files
 from support.jobs import IMAGE, SPEECH, TOKEN, Caller
-from support.payloads import body
+from support.payloads import body, failure
 
 from receiver.db.database import Database
 from receiver.db.tables import jobs
@@ -88,7 +90,11 @@ def test_a_generation_is_shown_from_its_job_to_its_deliveries(browser: Browser, 
         for delivery in event["deliveries"]:
             assert delivery["destination"] in page.locator(f"#delivery-{delivery['id']}").inner_text()
         page.locator("summary", has_text="Show the body").click()
-        assert f'"request_id": "{event["request_id"]}"' in page.locator("details[open] pre").inner_text()
+        indented, exact = page.locator("details[open] pre").all()
+        assert f'"request_id": "{event["request_id"]}"' in indented.inner_text()
+        signed = base64.b64decode(site.get(f"/v1/events/{event['id']}", exact="true")["body_base64"])
+        assert exact.inner_text() == signed.decode()
+        assert hashlib.sha256(signed).hexdigest() == event["body_sha256"]
         commands, calls = page.locator("main > pre").all()
         assert f"receiver events show {event['id']}" in commands.inner_text()
         assert f'"$RECEIVER_URL"/v1/events/{event["id"]}' in calls.inner_text()
@@ -286,6 +292,30 @@ def test_a_conflict_is_shown_with_its_body(browser: Browser, site: Site) -> None
         assert "<script>alert(1)</script>" in page.locator("tr pre").inner_text()
 
 
+def test_a_conflict_is_promoted(browser: Browser, site: Site) -> None:
+    """The page shows what would change, asks for a reason, and then the destinations get the other body."""
+    site.receive(failure("promoted-1"))
+    site.wait_for_state("promoted-1", "delivered")
+    site.receive(body("promoted-1", payload={"model": "m", "output": {}, "cost": 3}))
+    site.wait_for_state("promoted-1", "conflict")
+    with browser.window(site.url, size=PHONE) as window:
+        page = window.log_in(TOKEN, path="/dashboard/generations/promoted-1").page
+        page.get_by_role("button", name="Promote the conflict").click()
+        page.wait_for_url("**/promote/count")
+        facts = page.locator("dl.facts").inner_text()
+        assert "archive, orders" in facts or "orders, archive" in facts
+        window.assert_accessible()
+        window.assert_fits()
+        assert site.event("promoted-1")["status"] == "ERROR"
+        page.get_by_label("Reason").fill("the first one was a mistake")
+        page.get_by_role("button", name="Promote this body").click()
+        assert "get it: 2" in done(page)
+        assert "superseded" in page.locator("main").inner_text()
+    assert site.event("promoted-1")["status"] == "OK"
+    action = site.last_action()
+    assert (action["operation"], action["reason"]) == ("promote_receipt", "the first one was a mistake")
+
+
 def test_hostile_texts_do_not_run(browser: Browser, site: Site) -> None:
     """Markup in payloads, prompts, errors, URLs, headers and answers is shown as text, in its place."""
     with Caller(site.url) as caller:
@@ -358,7 +388,7 @@ def test_a_long_text_stays_in_its_box(browser: Browser, site: Site) -> None:
     with browser.window(site.url, size=PHONE) as window:
         page = window.log_in(TOKEN, path="/dashboard/generations/long-1").page
         page.locator("summary", has_text="Show the body").click()
-        text = page.locator("details[open] pre").inner_text()
+        text = page.locator("details[open] pre").last.inner_text()
         assert "more characters" in text
         assert len(text) < 70_000
         window.assert_fits()
