@@ -35,7 +35,7 @@ def site(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def test_an_outage_is_shown_and_ends(
     site: Site, postgres: Postgres, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """G13: a stopped receiver makes a banner, a stopped database a page that says so; both go away."""
+    """A stopped receiver makes a banner, a stopped database a page that says so; both go away."""
     with Browser(tmp_path_factory.getbasetemp()) as browser, browser.window(site.url) as window:
         page = window.log_in(TOKEN).page
         banner = page.locator("#stale")
