@@ -1,6 +1,7 @@
 """The overview and the list of events in a real browser: filters, the live list, selections and repairs."""
 
 import hashlib
+import re
 import time
 from collections.abc import Iterator
 
@@ -222,3 +223,42 @@ def test_unrecognized_events_are_counted_before_they_are_recovered(browser: Brow
     site.wait_for_state("recovered-1", "delivered")
     action = site.last_action()
     assert (action["operation"], action["reason"]) == ("recover_events", "this release reads them")
+
+
+def order(page: Page, reason: str) -> str:
+    """Order the replay that was counted, and return its id."""
+    page.get_by_label("Reason").fill(reason)
+    page.get_by_role("button", name="Order the replay").click()
+    page.wait_for_url(re.compile("/replays/[0-9a-f-]{36}"))
+    return page.url.rpartition("/")[2].partition("?")[0]
+
+
+def test_selected_events_are_replayed(browser: Browser, site: Site) -> None:
+    """The events with a tick, and no others, are counted and then sent again."""
+    for number in range(3):
+        site.receive(body(f"again-{number}"))
+    with browser.window(site.url) as window:
+        page = window.log_in(TOKEN, path="/dashboard/events?since=1h").page
+        for number in (0, 2):
+            page.get_by_label(f"Select again-{number}").check()
+        page.get_by_role("button", name="Replay the selected events").click()
+        page.wait_for_url("**/replays/count")
+        replay = site.get(f"/v1/replays/{order(page, 'two were lost')}")
+    assert (replay["matched"], replay["reason"]) == (2, "two were lost")
+    ids = {site.event(f"again-{number}")["id"] for number in (0, 2)}
+    assert set(replay["selection"]["ids"]) == ids
+
+
+def test_all_that_match_the_filters_are_replayed(browser: Browser, site: Site) -> None:
+    """A replay has the filters of the list; one that it cannot have is named instead."""
+    with browser.window(site.url) as window:
+        page = window.log_in(TOKEN, path="/dashboard/events?status=ERROR&since=1h").page
+        page.get_by_role("button", name="Replay all that match").click()
+        page.wait_for_url("**/replays/count")
+        replay = site.get(f"/v1/replays/{order(page, 'failed ones')}")
+        assert replay["selection"]["status"] == "ERROR"
+        assert replay["selection"]["since"]
+        assert replay["matched"] == 1
+        page.goto("/dashboard/events?state=ready&status=ERROR")
+        assert "no filter by state" in page.locator(".actions").inner_text()
+        assert page.get_by_role("button", name="Replay all that match").count() == 0

@@ -2,13 +2,14 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Page, expect
 from sqlalchemy import update
 from support.browser import PHONE, Browser, Scheme
-from support.dashboard import EVIL_SVG, HOSTILE, Site, running_site
+from support.dashboard import EVIL_SVG, HOSTILE, Site, running_site, wait_for
 from support.events import with_files
 from support.jobs import IMAGE, SPEECH, TOKEN, Caller
 from support.payloads import body, failure
@@ -290,6 +291,28 @@ def test_a_conflict_is_shown_with_its_body(browser: Browser, site: Site) -> None
     with browser.window(site.url) as window:
         page = window.log_in(TOKEN, path="/dashboard/generations/twice-1").page
         assert "<script>alert(1)</script>" in page.locator("tr pre").inner_text()
+
+
+def test_an_event_is_replayed_to_one_destination(browser: Browser, site: Site) -> None:
+    """The replay is counted first, goes on record with its reason, and is on the page of the event."""
+    event = site.event("order-1")
+    with browser.window(site.url) as window:
+        page = window.log_in(TOKEN, path="/dashboard/generations/order-1").page
+        page.locator("summary", has_text="Replay this event").click()
+        page.locator("details[open]").get_by_label("archive").check()
+        page.locator("details[open]").get_by_role("button").click()
+        page.wait_for_url("**/replays/count")
+        page.get_by_label("Reason").fill("the archive was lost")
+        page.get_by_role("button", name="Order the replay").click()
+        page.wait_for_url(re.compile("/replays/[0-9a-f-]{36}"))
+        replay = page.url.rpartition("/")[2].partition("?")[0]
+        wait_for(lambda: site.get(f"/v1/replays/{replay}")["state"] == "completed", "the replay")
+        page.goto("/dashboard/generations/order-1")
+        assert "the archive was lost" in page.locator("#steps").inner_text()
+        assert page.get_by_role("link", name=replay).is_visible()
+    found = site.get(f"/v1/replays/{replay}")
+    assert found["destinations"] == ["archive"]
+    assert found["selection"]["ids"] == [event["id"]]
 
 
 def test_a_conflict_is_promoted(browser: Browser, site: Site) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import receiver
+from receiver.dashboard import PAGES
 from receiver.dashboard.links import FOR_THE_SHELL, page_of
 
 FOLDER = Path(receiver.__file__).parent
@@ -54,7 +55,12 @@ def test_commands_are_found() -> None:
 def test_each_command_has_a_page(command: str) -> None:
     """A command that a model names leads to a page of the dashboard, or is known to be for a shell."""
     page = page_of(command)
-    assert page is not None or command.split()[1] in FOR_THE_SHELL
+    if page is None:
+        assert command.split()[1] in FOR_THE_SHELL, command
+        return
+    path = page.partition("?")[0].removeprefix("/dashboard")
+    templates = [re.sub(r"\{[^}]*\}", "[^/]+", each.path) for each in PAGES if each.method == "GET"]
+    assert any(re.fullmatch(template, path) for template in templates), (command, page)
 
 
 @pytest.mark.parametrize(
