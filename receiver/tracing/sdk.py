@@ -5,7 +5,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from importlib import import_module
+from typing import Any, Final
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -167,9 +168,24 @@ def collector() -> str:
     return f"{parts.scheme}://{parts.netloc}"
 
 
+def _session() -> Any:
+    """Return the exporter's session: to the library a redirect, which it does not follow, is a success."""
+    # It has no types.
+    requests: Any = import_module("requests")
+
+    def reject_redirect(response: Any, **_: Any) -> None:
+        if 300 <= response.status_code < 400:
+            response.close()
+            raise requests.TooManyRedirects("redirects are not followed")
+
+    session = requests.Session()
+    session.hooks["response"].append(reject_redirect)
+    return session
+
+
 def _open_exporter(timeout: float | None = None) -> OTLPSpanExporter:
     try:
-        return OTLPSpanExporter(timeout=timeout)
+        return OTLPSpanExporter(timeout=timeout, session=_session())
     except Exception as error:  # noqa: BLE001 - of files, URLs and plug-ins
         # Its text may quote a variable.
         raise SettingsError(

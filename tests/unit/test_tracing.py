@@ -98,7 +98,12 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("status", "level", "words"),
-    [(200, "ok", "takes spans"), (404, "error", "does not take spans"), (None, "ok", "off")],
+    [
+        (200, "ok", "takes spans"),
+        (404, "error", "does not take spans"),
+        (302, "error", "does not take spans"),
+        (None, "ok", "off"),
+    ],
 )
 def test_check_asks_the_collector(
     collector: Collector,
