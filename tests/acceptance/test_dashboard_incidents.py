@@ -31,14 +31,21 @@ def service(tmp_path: Path) -> Iterator[Service]:
         yield running
 
 
+_REPLACE = """([from, to]) => {
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) texts.currentNode.data = texts.currentNode.data.replaceAll(from, to);
+}"""
+
+
 class Desk:
     """An operator with a browser and nothing else."""
 
-    def __init__(self, window: Window, folder: Path) -> None:
-        self.window, self.page, self.folder = window, window.page, folder
+    def __init__(self, window: Window, folder: Path, folders: Path) -> None:
+        self.window, self.page, self.folder, self.folders = window, window.page, folder, folders
 
     def shoot(self, name: str) -> None:
-        """Take a screenshot for the docs."""
+        """Take a screenshot for the docs, with a path of a server in the place of the test's own."""
+        self.page.evaluate(_REPLACE, [str(self.folders), "/var/lib/receiver"])
         self.page.screenshot(path=self.folder / f"{name}.png", full_page=True)
 
     def problem(self, text: str) -> None:
@@ -87,7 +94,7 @@ def test_five_incidents(service: Service, tmp_path: Path, tmp_path_factory: pyte
     unstored = service.submit()
 
     with Browser(tmp_path_factory.getbasetemp()) as browser, browser.window(service.internal.url) as window:
-        desk = Desk(window.log_in(TOKEN), folder)
+        desk = Desk(window.log_in(TOKEN), folder, service.folder)
         desk.problem("rabbit is down since")
         dead_broker(desk, service, waiting)
         desk.problem("rejected requests in the last hour")
@@ -131,6 +138,7 @@ def lost_webhook(desk: Desk, request_id: str) -> None:
     desk.page.goto("/dashboard/rejections")
     assert "wrong url" in desk.read()
     assert "no event, job, delivery, file or rejected request" in desk.find(request_id)
+    assert "404" in desk.window.faults.pop()  # the browser notes the status of the page of an unknown id
     desk.page.get_by_role("link", name="Fetch the result from Clipia").click()
     desk.page.get_by_label("Reason").fill("its webhook went to a wrong path")
     desk.page.get_by_role("button", name="Fetch the result").click()
@@ -177,7 +185,7 @@ def stop_database(desk: Desk, service: Service) -> None:
 def looks(browser: Browser, service: Service, folder: Path) -> None:
     """The pages are legible on a phone and in the dark, too."""
     with browser.window(service.internal.url, size=PHONE) as window:
-        Desk(window.log_in(TOKEN), folder).shoot("overview-phone")
+        Desk(window.log_in(TOKEN), folder, service.folder).shoot("overview-phone")
         window.assert_fits()
     with browser.window(service.internal.url, scheme="dark") as window:
-        Desk(window.log_in(TOKEN), folder).shoot("overview-dark")
+        Desk(window.log_in(TOKEN), folder, service.folder).shoot("overview-dark")
