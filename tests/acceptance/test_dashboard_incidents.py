@@ -21,7 +21,9 @@ from support.incidents import (
 from support.jobs import TOKEN
 from support.payloads import SECRET, body
 
-SCREENSHOTS = os.environ.get("RECEIVER_TEST_SCREENSHOTS")
+_FOLDER = os.environ.get("RECEIVER_TEST_SCREENSHOTS")
+# Absolute now: a test runs in a folder of its own.
+SCREENSHOTS = Path(_FOLDER).absolute() if _FOLDER else None
 
 
 @pytest.fixture
@@ -82,7 +84,7 @@ class Desk:
 
 def test_five_incidents(service: Service, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Each incident is a problem on the first page; its link leads to the cause, and the page mends it."""
-    folder = Path(SCREENSHOTS).absolute() if SCREENSHOTS else tmp_path
+    folder = SCREENSHOTS or tmp_path
     service.rabbit.stop()
     waiting = service.submit()
     wait_until(lambda: len(service.consumer.messages) > 0, "the healthy destination")
