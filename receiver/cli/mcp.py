@@ -43,4 +43,4 @@ def mcp(
         scopes = SCOPES if remote is None else await find_scopes(client)
         await serve(tools_for(scopes, allow_write=allow_write), client, internal_url=internal_url)
 
-    with_client(run, prepares=True)
+    with_client(run)

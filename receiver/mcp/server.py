@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import cache
 from typing import Any, Final
 
 import mcp_types as types
@@ -70,13 +71,18 @@ def make_server(
     )
 
 
+@cache
+def _adapter(type_: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(type_)
+
+
 def _listed(tool: Tool) -> types.Tool:
     return types.Tool(
         name=tool.name,
         title=tool.title,
         description=tool.description,
         input_schema=tool.arguments.model_json_schema(),
-        output_schema=TypeAdapter(tool.answer).json_schema(mode="serialization"),
+        output_schema=_adapter(tool.answer).json_schema(mode="serialization"),
         annotations=types.ToolAnnotations(
             read_only_hint=tool.read_only,
             destructive_hint=tool.destructive,
@@ -99,7 +105,7 @@ async def call_tool(tool: Tool, session: Session, arguments: dict[str, Any]) -> 
         run = tool.run(session, tool.arguments.read(arguments))
         # An agent that hangs up must not stop an action between its effect and its record.
         found = await (run if tool.read_only else _uncancelled(run))
-        content = bounded(TypeAdapter(tool.answer).dump_python(found, mode="json"))
+        content = bounded(_adapter(tool.answer).dump_python(found, mode="json"))
     except Exception as error:  # noqa: BLE001 - the last place that can answer
         text = types.TextContent(text=error_of(error))
         return types.CallToolResult(content=[text], is_error=True)

@@ -57,8 +57,9 @@ class Raw:
 
 
 @contextmanager
-def started(folder: Path) -> Iterator[Raw]:
+def started(folder: Path, template: Path) -> Iterator[Raw]:
     """Start the command on a database of its own, with a Clipia that does not answer."""
+    (folder / "receiver.db").write_bytes(template.read_bytes())
     settings = {
         "CLIPIA_WEBHOOK_SECRET": SECRET,
         "CLIPIA_KEY": "clipia_live_x",
@@ -80,10 +81,12 @@ def started(folder: Path) -> Iterator[Raw]:
 
 
 @pytest.mark.parametrize("number", [None, signal.SIGTERM, signal.SIGINT])
-def test_it_ends_with_its_input_and_by_signals(tmp_path: Path, number: signal.Signals | None) -> None:
+def test_it_ends_with_its_input_and_by_signals(
+    tmp_path: Path, migrated_sqlite: Path, number: signal.Signals | None
+) -> None:
     """It ends with status 0 at the end of input, SIGTERM and SIGINT, also while a tool waits."""
     given = {"model": "nano-banana-2", "input": {"prompt": "a cat"}, "idempotency_key": "k"}
-    with started(tmp_path) as raw:
+    with started(tmp_path, migrated_sqlite) as raw:
         raw.initialize()
         raw.call(2, "tools/call", name="generate_image", arguments=given)
         made = raw.read()["result"]["structuredContent"]
@@ -106,9 +109,9 @@ def test_it_ends_with_its_input_and_by_signals(tmp_path: Path, number: signal.Si
         assert b"Traceback" not in raw.process.stderr.read()
 
 
-def test_the_command_survives_ill_lines(tmp_path: Path) -> None:
+def test_the_command_survives_ill_lines(tmp_path: Path, migrated_sqlite: Path) -> None:
     """B9: a line that is no message does not end the command, however long it is."""
-    with started(tmp_path) as raw:
+    with started(tmp_path, migrated_sqlite) as raw:
         raw.write(b"hello", b"\xff\xfe", b"[" * 100_000, b"9" * 5_000_000, b"{}", b"")
         raw.initialize()
 
@@ -128,3 +131,11 @@ def test_an_unreachable_receiver_is_an_error_at_the_start(tmp_path: Path) -> Non
     run = run_command("mcp", settings=settings, cwd=tmp_path, stdin=b"")
     assert (run.returncode, run.stdout) == (6, b"")
     assert b"no answer from the receiver" in run.stderr
+
+
+def test_the_command_makes_no_receiver(tmp_path: Path) -> None:
+    """An agent's program starts it in any folder: there it must not seem to be an empty receiver."""
+    run = run_command("mcp", settings={"CLIPIA_WEBHOOK_SECRET": SECRET}, cwd=tmp_path, stdin=b"")
+    assert run.returncode != 0
+    assert run.stdout == b""
+    assert b"receiver migrate" in run.stderr
