@@ -1,11 +1,11 @@
-"""Dead letters: failures by cause, and the deliveries themselves, which are retried or discarded."""
+"""Dead letters: failures by cause, and deliveries, which are retried or discarded."""
 
 from typing import Any, Final
 from urllib.parse import urlencode
 
 from starlette.responses import Response
 
-from receiver.dashboard.generation import read_id
+from receiver.dashboard.generation import page_of_key, read_id
 from receiver.dashboard.pages import HOME, Page, View, Visit, done
 
 PAGE_ROWS: Final = 50
@@ -51,7 +51,7 @@ async def retry(visit: Visit) -> View | Response:
 async def retry_one(visit: Visit) -> Response:
     """Deliver one dead letter again."""
     await visit.client.retry_dead_letter(read_id(visit.key), reason=visit.reason)
-    return done(_back(visit), "retried", count=1)
+    return done(_back(visit), "delivery_retried")
 
 
 async def discard(visit: Visit) -> Response:
@@ -61,7 +61,9 @@ async def discard(visit: Visit) -> Response:
 
 
 def _back(visit: Visit) -> str:
-    """Return the list with the filters that the form was in."""
+    """Return the page whose form it was: a generation, or the list with its filters."""
+    if key := visit.field("page"):
+        return page_of_key(key)
     filters = visit.filters(*_FILTERS)
     return _PATH + (f"?{urlencode(filters)}" if filters else "")
 
@@ -69,6 +71,6 @@ def _back(visit: Visit) -> str:
 PAGES = (
     Page(path="/dead-letters", handler=show),
     Page(method="POST", path="/dead-letters/retry", handler=retry),
-    Page(method="POST", path="/dead-letters/{id}/retry", handler=retry_one),
-    Page(method="POST", path="/dead-letters/{id}/discard", handler=discard),
+    Page(method="POST", path="/deliveries/{id}/retry", handler=retry_one),
+    Page(method="POST", path="/deliveries/{id}/discard", handler=discard),
 )

@@ -1,15 +1,14 @@
 """Events: the list with its filters, a result that never arrived, and unrecognized events."""
 
 from collections import Counter
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, get_args
 
 from starlette.responses import Response
 
 from receiver.client import Page as Rows
-from receiver.core.request_values import read_moment
 from receiver.dashboard.generation import page_of_key
 from receiver.dashboard.pages import Page, View, Visit, done
+from receiver.dashboard.replays import FILTERS as REPLAYABLE
 from receiver.db.rows import DeliveryState, EventState, EventStatus
 from receiver.errors import RequestError
 
@@ -22,10 +21,6 @@ FILTERS: Final = (
     *FREQUENT,
     *("until", "model", "caller", "source", "idempotency_key", "request_id"),
 )
-REPLAYABLE: Final = frozenset(
-    {"status", "model", "source", "caller", "destination", "delivery_state", "since", "until"}
-)
-"""The filters that the selection of a replay has, too."""
 CHOICES: Final = {
     "state": get_args(EventState),
     "status": get_args(EventStatus),
@@ -57,7 +52,7 @@ async def show(visit: Visit) -> View:
         "choices": CHOICES,
         "destinations": [each["name"] for each in await visit.client.list_destinations()],
         "error": error,
-        "selection": {} if error else _selection(filters),
+        "selection": {} if error else filters,
         "not_replayable": sorted(shown.keys() - REPLAYABLE),
     }
     return View(template="events.html", values=values, status=status)
@@ -71,16 +66,6 @@ def read_metadata(text: str) -> dict[str, str]:
     if not mark or not name.strip():
         raise RequestError("metadata: write a name and its value, such as order=4711", code="invalid_request")
     return {name.strip(): value.strip()}
-
-
-def _selection(filters: dict[str, str]) -> dict[str, str]:
-    """Return the filters as those of a replay, which knows times but no ages."""
-    now = datetime.now(UTC)
-    return {
-        name: read_moment(value, now=now).isoformat() if name in ("since", "until") else value
-        for name, value in filters.items()
-        if name in REPLAYABLE
-    }
 
 
 async def ask_fetch(visit: Visit) -> View:

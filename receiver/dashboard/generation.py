@@ -88,18 +88,6 @@ async def show_message(visit: Visit) -> View:
     return View(template="message.html", values=values)
 
 
-async def retry_delivery(visit: Visit) -> Response:
-    """Deliver a dead letter again."""
-    await visit.client.retry_dead_letter(read_id(visit.key), reason=visit.reason)
-    return _done(visit, "delivery_retried")
-
-
-async def discard_delivery(visit: Visit) -> Response:
-    """End a delivery for good."""
-    await visit.client.discard_delivery(visit.key, reason=visit.reason)
-    return _done(visit, "delivery_discarded")
-
-
 async def give_up_files(visit: Visit) -> Response:
     """Give up an event's pending downloads."""
     found = await visit.client.give_up_files(visit.key, reason=visit.reason)
@@ -160,8 +148,6 @@ PAGES = (
     Page(path="/find", handler=find),
     Page(path="/generations/{id:path}", handler=show),
     Page(path="/deliveries/{id}/message", handler=show_message),
-    Page(method="POST", path="/deliveries/{id}/retry", handler=retry_delivery),
-    Page(method="POST", path="/deliveries/{id}/discard", handler=discard_delivery),
     Page(method="POST", path="/events/{id}/give-up", handler=give_up_files),
     Page(method="POST", path="/events/{id}/promote/count", handler=count_promotion),
     Page(method="POST", path="/events/{id}/promote", handler=promote),

@@ -265,7 +265,7 @@ def test_pages_work_without_scripts(browser: Browser, site: Desk) -> None:
         window.log_in(TOKEN, path=f"{DEAD}?destination=orders")
         row = window.page.get_by_role("row").filter(has_text="without-scripts orders")
         act(row, "Retry", "no script", "Retry this one")
-        window.page.get_by_text("1 dead letters will be delivered again.").wait_for()
+        window.page.get_by_text("The delivery is due now.").wait_for()
         for path in (LIST, f"{LIST}/orders", REJECTED):
             window.page.goto(path)
             assert window.page.locator("table").count() > 0

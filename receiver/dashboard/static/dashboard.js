@@ -20,10 +20,11 @@ document.addEventListener("htmx:after:swap", () => {
 });
 
 // A list that is followed stands still while its rows are selected, or if the person says so.
-const isFollowed = () => document.getElementById("follow")?.checked ?? true;
+const findFollow = () => document.getElementById("follow");
 document.addEventListener("change", (event) => {
-  if (event.target.name === "ids" && event.target.checked) document.getElementById("follow").checked = false;
+  const follow = findFollow();
+  if (follow && event.target.name === "ids" && event.target.checked) follow.checked = false;
 });
 document.addEventListener("htmx:before:request", (event) => {
-  if (!isFollowed()) event.preventDefault();
+  if (findFollow()?.checked === false) event.preventDefault();
 });
