@@ -2,7 +2,7 @@
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -71,9 +71,9 @@ class Tokens:
                 found = known
         return found
 
-    def named(self, name: str) -> KnownToken | None:
-        """Return the token of a caller."""
-        return next((known for known in self._known if known.caller.name == name), None)
+    def __iter__(self) -> Iterator[KnownToken]:
+        """Iterate over the tokens of the settings."""
+        return iter(self._known)
 
     def caller(self, headers: Headers) -> Caller | None:
         """Return the caller that a request's token belongs to; None if the token is missing or unknown."""
