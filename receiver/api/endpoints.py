@@ -289,15 +289,15 @@ def _read_float(text: str) -> float:
     return number
 
 
-async def read_body(request: Request) -> bytes:
-    """Return a body. Raises RequestError if it is too large or too slow."""
+async def read_body(request: Request, *, limit: int = MAX_BODY_BYTES) -> bytes:
+    """Return a body. Raises RequestError if it has more than `limit` bytes or is too slow."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > MAX_BODY_BYTES:
-                    message = f"the body is larger than {MAX_BODY_BYTES} bytes"
+                if len(body) > limit:
+                    message = f"the body is larger than {limit} bytes"
                     raise RequestTooLarge(message, code="invalid_request")
     except TimeoutError:
         raise RequestError(

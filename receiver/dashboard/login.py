@@ -7,13 +7,13 @@ from typing import Final
 from urllib.parse import urlencode
 
 import structlog
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from receiver.api.auth import Tokens
 from receiver.dashboard.origin import is_own_page
-from receiver.dashboard.pages import HOME, LOGIN, foreign_form, go_to, read_form, set_cookie
+from receiver.dashboard.pages import HOME, LOGIN, foreign_form, go_to, read_form, set_cookie, status_of
 from receiver.dashboard.rendering import render
 from receiver.dashboard.sessions import COOKIE, Sessions
 from receiver.errors import RequestError
@@ -64,7 +64,10 @@ class Login:
         ]
 
     async def _login(self, request: Request) -> Response:
-        return await (self._begin(request) if request.method == "POST" else self._show(request))
+        try:
+            return await (self._begin(request) if request.method == "POST" else self._show(request))
+        except ClientDisconnect:
+            return Response(status_code=400)  # the browser is gone; Starlette needs some response
 
     async def _show(self, request: Request) -> Response:
         next_ = _own_path(request.query_params.get("next", HOME))
@@ -75,15 +78,16 @@ class Login:
     async def _begin(self, request: Request) -> Response:
         if not is_own_page(request.headers):
             return foreign_form(request)
+        try:
+            form = await read_form(request)
+        except RequestError as error:
+            return self._page(request, error=str(error), status=status_of(error))
+        # After the form: between this look and the note below, no other login from the address may pass.
         now, address = time.time(), request.client.host if request.client else ""
         wait = self._failed.wait(address, now=now)
         if wait > 0:
             text = f"Too many wrong tokens from this address: wait {math.ceil(wait)} seconds."
             return self._page(request, error=text, status=429)
-        try:
-            form = await read_form(request)
-        except RequestError as error:
-            return self._page(request, error=str(error), status=400)
         token, next_ = str(form.get("token", "")), str(form.get("next", HOME))
         session = self._sessions.begin(token, now=now)
         if session is None:

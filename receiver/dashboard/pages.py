@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from receiver.api.answers import ERROR_CODES
 from receiver.api.auth import Caller
+from receiver.api.endpoints import read_body
 from receiver.client import Client
 from receiver.client.local import LocalClients
 from receiver.dashboard.origin import is_own_page
@@ -32,6 +33,7 @@ from receiver.errors import (
     ReceiverError,
     ReceiverUnavailable,
     RequestError,
+    RequestTooLarge,
     SettingsError,
 )
 
@@ -188,13 +190,12 @@ def set_cookie(response: Response, session: Session | None) -> None:
 
 async def read_form(request: Request) -> Form:
     """Return the fields of a form. Raises RequestError."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_FORM_BYTES:
-            raise RequestError(
-                f"The form has more than {MAX_FORM_BYTES} bytes: select less.", code="invalid_request"
-            )
+    try:
+        body = await read_body(request, limit=MAX_FORM_BYTES)
+    except RequestTooLarge:
+        raise RequestError(
+            f"The form has more than {MAX_FORM_BYTES} bytes: select less.", code="invalid_request"
+        ) from None
     try:
         fields = parse_qsl(
             body.decode(), keep_blank_values=True, max_num_fields=MAX_FORM_FIELDS, errors="strict"
@@ -248,7 +249,7 @@ _TITLES: Final[Mapping[int, str]] = {
 
 
 def _error_view(error: ReceiverError, *, is_action: bool) -> View:
-    status = _status_of(error)
+    status = status_of(error)
     text = str(error)
     if isinstance(error, DatabaseUnavailable):
         text = f"{_DATABASE} {_LOOK if is_action else _AGAIN}"
@@ -261,7 +262,8 @@ def _failure(title: str, text: str, status: int, *, tries_again: bool = False) -
     return View(template="error.html", values=values, status=status)
 
 
-def _status_of(error: ReceiverError) -> int:
+def status_of(error: ReceiverError) -> int:
+    """Return the status of the page that shows an error."""
     if isinstance(error, RequestError):
         known = ERROR_CODES.get(error.code)
         return known.status if known else 400

@@ -1,6 +1,10 @@
 """Sessions and forms of the dashboard over HTTP: a client may send requests that no browser sends."""
 
+import asyncio
+import base64
 import re
+import zlib
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -129,6 +133,67 @@ async def test_wrong_tokens_are_limited(client: httpx.AsyncClient) -> None:
     assert "set-cookie" not in response.headers
 
 
+async def test_logins_at_the_same_time_are_limited(client: httpx.AsyncClient) -> None:
+    """G6: logins whose forms arrive late, all at once, are counted like those one after the other."""
+    sent = asyncio.Event()
+    begun = asyncio.Semaphore(0)
+
+    async def late() -> AsyncIterator[bytes]:
+        begun.release()
+        yield b"token="
+        await sent.wait()
+        yield b"wrong"
+
+    logins = [
+        asyncio.ensure_future(client.post("/dashboard/login", content=late(), headers=OWN)) for _ in range(30)
+    ]
+    async with asyncio.timeout(10):
+        for _ in logins:
+            await begun.acquire()
+        sent.set()
+        statuses = Counter([response.status_code for response in await asyncio.gather(*logins)])
+    assert statuses == {401: login.MAX_FAILURES, 429: 30 - login.MAX_FAILURES}
+
+
+async def test_a_form_that_does_not_arrive_is_not_awaited(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G6: a client without a session cannot hold a connection with a form that it never finishes."""
+    monkeypatch.setattr("receiver.api.endpoints.BODY_SECONDS", 0.05)
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield b"token="
+        await asyncio.Event().wait()
+
+    async with asyncio.timeout(5):
+        response = await client.post("/dashboard/login", content=endless(), headers=OWN)
+    assert response.status_code == 408
+    assert "send it again" in response.text
+
+
+async def test_a_form_that_is_broken_off_is_no_bug(tmp_path: Path) -> None:
+    """A client that hangs up within the login's form is no error of the receiver."""
+    received = [{"type": "http.disconnect"}, {"type": "http.request", "body": b"token=", "more_body": True}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return received.pop()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/dashboard/login",
+        "query_string": b"",
+        "headers": [(b"host", b"x"), (b"sec-fetch-site", b"same-origin")],
+        "client": ("127.0.0.1", 1),
+    }
+    await create_app(settings(tmp_path), worker=False)(scope, receive, send)
+    assert sent[0]["status"] == 400
+
+
 def test_failures_are_forgotten() -> None:
     """G6: after a minute an address may try again; another address may at once."""
     failed = login.FailedLogins()
@@ -179,6 +244,25 @@ def test_each_login_has_another_cookie(tmp_path: Path) -> None:
 def test_odd_cookies_are_no_session(tmp_path: Path, cookie: str) -> None:
     """G6: a cookie that was not made here is no session, and no error."""
     assert sessions.Sessions(tokens_of(tmp_path, f"ann:{TOKEN}")).read(cookie, now=1000.0) is None
+
+
+def test_a_strangers_cookie_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G6: 2 KB of a cookie may unpack to megabytes, so its signature is checked first."""
+    unpacked: list[bytes] = []
+    monkeypatch.setattr("itsdangerous.url_safe.zlib.decompress", unpacked.append)
+    packed = base64.urlsafe_b64encode(zlib.compress(b"[" + b"[]," * 400_000 + b"[]]", 9)).decode().rstrip("=")
+    cookie = f".{packed}.x"
+    assert len(cookie) < 2048
+    assert sessions.Sessions(tokens_of(tmp_path, f"ann:{TOKEN}")).read(cookie, now=1000.0) is None
+    assert not unpacked
+
+
+def test_a_token_of_two_callers_keeps_its_name(tmp_path: Path) -> None:
+    """G1: a session belongs to the caller that the login found, even if two callers have one token."""
+    ours = sessions.Sessions(tokens_of(tmp_path, f"ann:{TOKEN}:read,bob:{TOKEN}"))
+    begun = ours.begin(TOKEN, now=1000.0)
+    assert begun is not None
+    assert ours.read(begun.cookie, now=1000.0) == begun
 
 
 def test_a_changed_cookie_is_no_session(tmp_path: Path) -> None:
