@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import hashlib
 import re
 import zlib
 from collections import Counter
@@ -121,6 +122,14 @@ def test_no_template_marks_text_as_safe() -> None:
             r"\|\s*safe\b|autoescape|\son\w+=|\sstyle=|hx-on|js:|javascript:|<style|\|\s*tojson", text
         )
         assert not wrong, (path.name, wrong)
+
+
+def test_htmx_is_the_published_file() -> None:
+    """The file is `dist/htmx.min.js` of the package htmx.org 4.0.1, byte for byte."""
+    content = (Path(dashboard.__file__).parent / "static" / "htmx.min.js").read_bytes()
+    assert b'this.version="4.0.1"' in content
+    published = "a0abb04f2f45a1f89d1d4844023245537e5e6014c87b144553e0607b4cc32130"
+    assert hashlib.sha256(content).hexdigest() == published
 
 
 async def test_wrong_tokens_are_limited(client: httpx.AsyncClient) -> None:
