@@ -6,7 +6,7 @@ is that of the process that reads it.
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Final, Literal
 
 # pydantic does not read the standard library's TypedDict before Python 3.12.
 from typing_extensions import TypedDict
@@ -73,6 +73,9 @@ class DestinationStatus(TypedDict):
     last_error: str | None
     pause: PauseStatus | None
     circuit: CircuitStatus | None
+
+
+DestinationState = Literal["removed", "paused", "down", "failing", "ready"]
 
 
 class FailingFiles(TypedDict):
@@ -313,6 +316,17 @@ def _disk_problems(disks: Sequence[DiskStatus]) -> Iterator[Problem]:
             yield Problem(text=f"{text} does not answer", command="receiver check")
         elif share < LEAST_FREE_SHARE:
             yield Problem(text=f"{text} has {share:.1%} left", command="receiver prune")
+
+
+def state_of(each: DestinationStatus) -> DestinationState:
+    """Return the state of a destination in one word, the first that is true."""
+    if not each["configured"]:
+        return "removed"
+    if each["pause"] is not None:
+        return "paused"
+    if each["circuit"] is not None:
+        return "down"
+    return "failing" if each["failing"] else "ready"
 
 
 def _destination_problems(each: DestinationStatus, *, is_served: bool) -> Iterator[Problem]:

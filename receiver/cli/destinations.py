@@ -10,7 +10,7 @@ from receiver.cli.completion import complete_destination
 from receiver.cli.options import Json, Reason
 from receiver.cli.terminal import count, moment, print_json, print_line, print_list, print_note, print_rows
 from receiver.destination_control import ListedDestination
-from receiver.status import age, pause_text
+from receiver.status import age, pause_text, state_of
 
 destinations = typer.Typer(help="List, pause, resume and test destinations.", no_args_is_help=True)
 
@@ -87,7 +87,7 @@ def _print(rows: list[ListedDestination]) -> None:
         {
             **row,
             "kind": row["kind"] or "-",
-            "state": _state(row),
+            "state": state_of(row),
             "waiting": row["pending"],
             "oldest": age(row["oldest_seconds"]) if row["pending"] else None,
             "per_minute": row["delivered_per_minute"],
@@ -99,14 +99,6 @@ def _print(rows: list[ListedDestination]) -> None:
     for row in rows:
         if row["command"]:
             print_line(f"{_sentence(row)}\n    $ {row['command']}")
-
-
-def _state(row: ListedDestination) -> str:
-    if not row["configured"]:
-        return "removed"
-    if row["pause"] is not None:
-        return "paused"
-    return "ready" if row["circuit"] is None else "down"
 
 
 def _sentence(row: ListedDestination) -> str:

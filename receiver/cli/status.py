@@ -15,7 +15,7 @@ from receiver.cli.client import with_client
 from receiver.cli.options import Json
 from receiver.cli.terminal import moment, print_json, size, stdout
 from receiver.client import Client
-from receiver.status import DestinationStatus, Status, age
+from receiver.status import DestinationStatus, Status, age, state_of
 
 WATCH_SECONDS: Final = 2.0
 BARS: Final = "▁▂▃▄▅▆▇█"
@@ -96,7 +96,7 @@ def _retention(found: Status) -> Iterator[Text]:
 
 def _destination(each: DestinationStatus) -> tuple[Any, ...]:
     return (
-        each["name"] + _state(each),
+        each["name"] + ("" if state_of(each) == "ready" else f" ({state_of(each)})"),
         each["pending"],
         age(each["oldest_seconds"]) if each["pending"] else "-",
         _red(each["failing"]),
@@ -104,14 +104,6 @@ def _destination(each: DestinationStatus) -> tuple[Any, ...]:
         f"{each['delivered_per_minute']:g}",
         f"{each['failed_per_minute']:g}",
     )
-
-
-def _state(each: DestinationStatus) -> str:
-    if not each["configured"]:
-        return " (not configured)"
-    if each["pause"] is not None:
-        return " (paused)"
-    return "" if each["circuit"] is None else " (down)"
 
 
 def _head(found: Status) -> Text:

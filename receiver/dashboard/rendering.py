@@ -17,7 +17,7 @@ from receiver import __version__
 from receiver.api.auth import Caller
 from receiver.dashboard.links import page_of
 from receiver.media.file_types import KNOWN_TYPES
-from receiver.status import age
+from receiver.status import age, state_of
 
 _FOLDER: Final = Path(__file__).parent
 _STATIC: Final = _FOLDER / "static"
@@ -118,6 +118,7 @@ def _environment() -> Environment:
         "text_of_base64": _text_of_base64,
         "preview_of": _preview_of,
         "page_of": page_of,
+        "state_of": state_of,
     }
     environment.globals["static"] = _static_path
     return environment
