@@ -28,8 +28,9 @@ INSTRUCTIONS: Final = (
 _acting: Final[set[asyncio.Future[object]]] = set()
 """Calls that act; the event loop itself has weak references only."""
 
-# It logs each request.
-logging.getLogger("mcp").setLevel(logging.WARNING)
+# They log each request and, at DEBUG, each result, which has prompts and answers of consumers.
+for _name in ("mcp", "sse_starlette"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 
 def make_server(

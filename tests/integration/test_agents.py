@@ -353,6 +353,15 @@ async def test_a_client_that_hangs_up_is_no_bug(url: str, caplog: pytest.LogCapt
     assert "Exception in ASGI application" not in caplog.text
 
 
+async def test_no_result_is_logged(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """G8: at DEBUG, too, the libraries of the protocol log no result: it may have prompts and answers."""
+    with caplog.at_level("DEBUG"):
+        async with httpx.AsyncClient(trust_env=False) as client:
+            response = await client.post(f"{url}/mcp", headers=HEADERS, json=LIST)
+    assert "generate_image" in response.text
+    assert "generate_image" not in caplog.text
+
+
 async def test_a_slow_body_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """B2: a body that does not come to its end holds no memory for ever."""
     monkeypatch.setattr("receiver.api.endpoints.BODY_SECONDS", 0.2)

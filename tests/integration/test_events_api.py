@@ -323,7 +323,7 @@ async def test_odd_bodies_are_shown_as_bytes(site: Site) -> None:
 async def test_unknown_and_invalid_ids_are_404(site: Site) -> None:
     """An unknown id is 404, and so is a text that is not an id."""
     await site.world.add_history(plain("r-1"))
-    for (method, path), key in product(ROUTES, ("absent", NOBODY, "%20", "a%2Fb")):
+    for (method, path), key in product(ROUTES, ("absent", NOBODY, "%20", "a%2Fb", "x" * 300)):
         if "{id}" in path:
             response = await site.operator.request(method, path_with(path, key))
             assert (path, key, error_of(response)) == (path, key, (404, "not_found"))
