@@ -33,6 +33,8 @@ _SCHEMES: Final = _WEB | {
 """With another scheme the text is no URL that we know, and may be a secret that was typed in its place."""
 _ENDS: Final = frozenset("?#")
 _PLACE: Final = re.compile(r"([^/?#]*)([^?#]*)([?#].*)?", re.DOTALL)
+_HOST: Final = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]*)(?::[0-9]{1,5})?")
+"""A host, and a port in digits: if the host was left out, its place has the user and the password."""
 _NEXT_URL: Final = re.compile(r",\s*(?=[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
 
 
@@ -165,12 +167,17 @@ def _one_url(url: str) -> str:
         login, at, place = "", "", rest
     if scheme.lower() not in _SCHEMES | _LOCAL:
         return MASK
-    if set(login) & _ENDS or not (rest.startswith("//") or scheme.lower() in _LOCAL):
-        # A password with one of these signs, or a query with an @: nothing of it is surely harmless.
-        return f"{scheme}:{MASK}"
     parts = _PLACE.fullmatch(place.removeprefix("//"))
     host, path, query = parts.groups() if parts else (MASK, "", "")
+    is_remote = scheme.lower() not in _LOCAL
+    if set(login) & _ENDS or (is_remote and not (rest.startswith("//") and _are_hosts(host))):
+        # A password with one of these signs, or a query with an @: nothing of it is surely harmless.
+        return f"{scheme}:{MASK}"
     if path.strip("/") and scheme.lower() in _WEB:
         path = "/…"
     slashes = "//" if rest.startswith("//") else ""
     return f"{scheme}:{slashes}{f'{MASK}@' if at else ''}{host}{path}{'?…' if query else ''}"
+
+
+def _are_hosts(text: str) -> bool:
+    return all(_HOST.fullmatch(each) for each in text.split(","))

@@ -31,6 +31,10 @@ URLS = {
     "{}://host": "[masked]",
     "user:{}@host": "[masked]",
     "http:{}": "http:[masked]",
+    "postgresql://user:{}": "postgresql:[masked]",
+    "postgresql://user:{}/name": "postgresql:[masked]",
+    "redis://cache:6379;{}?stream=s": "redis:[masked]",
+    "postgresql://[::1]:5432,db-2:5433/name": "postgresql://[::1]:5432,db-2:5433/name",
 }
 
 
