@@ -21,7 +21,12 @@ from receiver import masking
 from receiver.db import migrate
 from receiver.db.database import Database
 
-pytest_plugins = ["support.clipia_fixtures", "support.command_line", "support.destination_fixtures"]
+pytest_plugins = [
+    "support.browser_fixtures",
+    "support.clipia_fixtures",
+    "support.command_line",
+    "support.destination_fixtures",
+]
 
 DATABASES = os.environ.get("RECEIVER_TEST_DATABASES", "sqlite,postgresql,pgbouncer").split(",")
 """The kinds of database that the tests of `database_url` run on."""

@@ -70,7 +70,7 @@ class Agents:
         await self._serve(caller, scope, _with_body(body, receive), send)
 
     async def _serve(self, caller: Caller, scope: Scope, receive: Receive, send: Send) -> None:
-        from mcp.server.streamable_http_manager import StreamableHTTPSessionManager  # noqa: PLC0415
+        from mcp.server.streamable_http_manager import StreamableHTTPSessionManager  # noqa: PLC0415 - as the class says
 
         manager = StreamableHTTPSessionManager(
             self._server(caller, scope["app"]),
@@ -82,7 +82,7 @@ class Agents:
             await manager.handle_request(scope, receive, send)
 
     def _server(self, caller: Caller, app: Starlette) -> "Server[Any]":
-        from receiver.mcp.server import make_server  # noqa: PLC0415
+        from receiver.mcp.server import make_server  # noqa: PLC0415 - as the class says
 
         if caller not in self._servers:
             tools = tools_for(caller.scopes, allow_write=self._allow_write)
@@ -98,7 +98,7 @@ class Agents:
     @cached_property
     def _security(self) -> "TransportSecuritySettings":
         """The hosts and origins that the SDK accepts: those of loopback, and that of the setting."""
-        from mcp.server.transport_security import TransportSecuritySettings  # noqa: PLC0415
+        from mcp.server.transport_security import TransportSecuritySettings  # noqa: PLC0415 - as the class says
 
         hosts, origins = list(LOOPBACK), [f"http://{host}" for host in LOOPBACK]
         if self._internal_url is not None:
@@ -117,7 +117,7 @@ class Agents:
         A page in a browser could otherwise reach the receiver through a name of its own that it points at the
         receiver's address (DNS rebinding).
         """
-        from mcp.server.transport_security import TransportSecurityMiddleware  # noqa: PLC0415
+        from mcp.server.transport_security import TransportSecurityMiddleware  # noqa: PLC0415 - as the class says
 
         rejected = await TransportSecurityMiddleware(self._security).validate_request(request)
         if rejected is None:

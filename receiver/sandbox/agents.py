@@ -173,8 +173,8 @@ class _Endpoint:
             raise Problem("invalid_api_key", "The API key is missing or malformed.")
         if find_spec("mcp") is None:
             raise Problem("not_found", "Agents need the package mcp: pip install 'clipia-receiver[mcp]'.")
-        from mcp.server.lowlevel import Server  # noqa: PLC0415
-        from mcp.server.streamable_http_manager import StreamableHTTPSessionManager  # noqa: PLC0415
+        from mcp.server.lowlevel import Server  # noqa: PLC0415 - an extra
+        from mcp.server.streamable_http_manager import StreamableHTTPSessionManager  # noqa: PLC0415 - an extra
 
         # It logs each request.
         logging.getLogger("mcp").setLevel(logging.WARNING)
@@ -190,7 +190,7 @@ class _Endpoint:
 
 
 async def _list_tools(_context: Any, _params: Any) -> "types.ListToolsResult":
-    import mcp_types as types  # noqa: PLC0415
+    import mcp_types as types  # noqa: PLC0415 - an extra
 
     return types.ListToolsResult(
         tools=[
@@ -209,7 +209,7 @@ async def _list_tools(_context: Any, _params: Any) -> "types.ListToolsResult":
 
 
 async def _call(api: Api, name: str, given: Given) -> "types.CallToolResult":
-    import mcp_types as types  # noqa: PLC0415
+    import mcp_types as types  # noqa: PLC0415 - an extra
 
     try:
         found = await _find_tool(name, given).run(api, given)

@@ -11,13 +11,6 @@ PAGES = ("/dashboard", "/dashboard/events")
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One Chromium for all tests of the file."""
-    with Browser(tmp_path_factory.getbasetemp()) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def receiver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReceiverProcess]:
     """A receiver beside a sandbox."""
     folder = tmp_path_factory.mktemp("dashboard")

@@ -6,20 +6,14 @@ import httpx
 import pytest
 from playwright.sync_api import Page
 from support.browser import PHONE, Browser, Scheme, Window
+from support.consumers import wait_until
 from support.jobs import TOKEN
-from support.operators_desk import MARKUP, Desk, act, assert_inert, desk, wait_until
+from support.operators_desk import MARKUP, Desk, act, assert_inert, desk
 from support.payloads import signed
 
 from receiver.db.tables import deliveries
 
 LIST, DEAD, REJECTED = "/dashboard/destinations", "/dashboard/dead-letters", "/dashboard/rejections"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One Chromium for all tests of the file."""
-    with Browser(tmp_path_factory.getbasetemp()) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,6 @@ ROWS = "tbody tr"
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One Chromium for all tests of the file."""
-    with Browser(tmp_path_factory.getbasetemp()) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A receiver with a job's event, a dead letter, a failed generation and an unrecognized body."""
     with running_site(tmp_path_factory.mktemp("events")) as running:

@@ -9,20 +9,14 @@ import pytest
 from playwright.sync_api import Page, expect
 from sqlalchemy import update
 from support.browser import PHONE, Browser, Scheme
-from support.dashboard import EVIL_SVG, HOSTILE, Site, running_site, wait_for
+from support.consumers import wait_until
+from support.dashboard import EVIL_SVG, HOSTILE, Site, running_site
 from support.events import with_files
 from support.jobs import IMAGE, SPEECH, TOKEN, Caller
 from support.payloads import body, failure
 
 from receiver.db.database import Database
 from receiver.db.tables import jobs
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One Chromium for all tests of the file."""
-    with Browser(tmp_path_factory.getbasetemp()) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +215,7 @@ def test_a_message_is_shown_on_demand(browser: Browser, site: Site) -> None:
 
 def test_files_are_given_up(browser: Browser, site: Site) -> None:
     """An event whose file cannot be had is delivered without it."""
-    site.receive(with_files(site.consumer.origin, "late-1", "/files/late.png"))
+    site.receive(with_files(site.consumer.url, "late-1", "/files/late.png"))
     site.wait_for_state("late-1", "media_pending")
     with browser.window(site.url) as window:
         page = window.log_in(TOKEN, path="/dashboard/generations/late-1").page
@@ -306,7 +300,7 @@ def test_an_event_is_replayed_to_one_destination(browser: Browser, site: Site) -
         page.get_by_role("button", name="Order the replay").click()
         page.wait_for_url(re.compile("/replays/[0-9a-f-]{36}"))
         replay = page.url.rpartition("/")[2].partition("?")[0]
-        wait_for(lambda: site.get(f"/v1/replays/{replay}")["state"] == "completed", "the replay")
+        wait_until(lambda: site.get(f"/v1/replays/{replay}")["state"] == "completed", "the replay")
         page.goto("/dashboard/generations/order-1")
         assert "the archive was lost" in page.locator("#steps").inner_text()
         assert page.get_by_role("link", name=replay).is_visible()
@@ -345,7 +339,7 @@ def test_hostile_texts_do_not_run(browser: Browser, site: Site) -> None:
         assert caller.submit(HOSTILE[:200].replace("\u202e", ""), (IMAGE[0], {"prompt": HOSTILE}))
     url = f"/files/evil.svg?{HOSTILE[:60]}".replace(" ", "%20")
     output = {
-        "images": [{"url": f"{site.consumer.origin}{url}"}],
+        "images": [{"url": f"{site.consumer.url}{url}"}],
         "note": HOSTILE,
         "link": "javascript:alert(6)",
     }
@@ -385,7 +379,7 @@ def assert_nothing_ran(page: Page) -> None:
 
 def test_an_svg_file_is_no_preview(browser: Browser, site: Site) -> None:
     """A file that a browser might run is only offered as a download."""
-    site.receive(with_files(site.consumer.origin, "svg-1", "/files/evil.svg"))
+    site.receive(with_files(site.consumer.url, "svg-1", "/files/evil.svg"))
     (file,) = site.wait_for_state("svg-1", "delivered")["media"]
     with browser.window(site.url) as window:
         page = window.log_in(TOKEN, path="/dashboard/generations/svg-1").page

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.browser import PHONE, Browser, Window
+from support.consumers import wait_until
 from support.incidents import (
     POISON,
     RETIRED,
@@ -16,7 +17,6 @@ from support.incidents import (
     fill_disk,
     lose_webhook,
     running_service,
-    wait_until,
 )
 from support.jobs import TOKEN
 from support.payloads import SECRET, body

@@ -5,21 +5,15 @@ from uuid import uuid4
 
 import pytest
 from support.browser import PHONE, Browser, Scheme, Window
+from support.consumers import wait_until
 from support.jobs import LIVE_KEY, TOKEN
-from support.operators_desk import MARKUP, Desk, act, assert_inert, desk, wait_until
+from support.operators_desk import MARKUP, Desk, act, assert_inert, desk
 from support.payloads import SECRET
 
 from receiver.core.signature import Secret
 
 JOBS, ACCOUNT, REPLAYS = "/dashboard/jobs", "/dashboard/jobs/account", "/dashboard/replays"
 SETTINGS, AUDIT, ALERTS = "/dashboard/settings", "/dashboard/audit", "/dashboard/audit/alerts"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One Chromium for all tests of the file."""
-    with Browser(tmp_path_factory.getbasetemp()) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

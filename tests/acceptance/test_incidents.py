@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.consumers import wait_until
 from support.incidents import (
     POISON,
     RETIRED,
@@ -17,7 +18,6 @@ from support.incidents import (
     lose_webhook,
     problems,
     running_service,
-    wait_until,
 )
 from support.payloads import SECRET, body
 

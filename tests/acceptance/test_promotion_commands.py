@@ -1,73 +1,44 @@
 """C9: `receiver events promote` on running processes: what a consumer, an operator and a caller see of it."""
 
-import http.server
 import json
-import threading
-import time
-from collections.abc import Callable, Iterator
-from typing import Any, Self
+from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 from support.commands import ReceiverProcess, run_command
+from support.consumers import Answer, Consumer, wait_until
 from support.payloads import failure, signed
 
 TOKEN = "operator-0123456789abcdef"
 PLAIN = json.dumps(
     {"request_id": "r-1", "status": "OK", "payload": {"model": "m", "output": {"text": "a cat"}, "cost": 3}}
 ).encode()
-SECONDS = 60.0
 
 
-class Consumer:
-    """Takes messages over HTTP, and keeps the last result of each event, as the documents advise."""
+class LatestConsumer(Consumer):
+    """Keeps the last result of each event, as the documents advise."""
 
     def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
+        super().__init__()
         self.results: dict[str, str] = {}
-        consumer = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                message = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                consumer.messages.append(message)
-                if message["data"].get("promoted") or message["id"] not in consumer.results:
-                    consumer.results[message["id"]] = message["data"]["status"]
-                self.send_response(204)
-                self.end_headers()
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - as its base
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-def wait_for(found: Callable[[], object], wanted: str) -> None:
-    """Wait until `found` returns something true."""
-    deadline = time.monotonic() + SECONDS
-    while not found():
-        assert time.monotonic() < deadline, wanted
-        time.sleep(0.05)
+    def take(self, path: str, message: dict[str, Any]) -> Answer:
+        """Take a message."""
+        if message["data"].get("promoted") or message["id"] not in self.results:
+            self.results[message["id"]] = message["data"]["status"]
+        return super().take(path, message)
 
 
 @pytest.fixture(scope="module")
-def consumer() -> Iterator[Consumer]:
+def consumer() -> Iterator[LatestConsumer]:
     """A consumer of all events."""
-    with Consumer() as made:
+    with LatestConsumer() as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def receiver(tmp_path_factory: pytest.TempPathFactory, consumer: Consumer) -> Iterator[ReceiverProcess]:
+def receiver(tmp_path_factory: pytest.TempPathFactory, consumer: LatestConsumer) -> Iterator[ReceiverProcess]:
     """A receiver with an event that another webhook contradicts."""
     folder = tmp_path_factory.mktemp("receiver")
     made = ReceiverProcess(
@@ -79,7 +50,7 @@ def receiver(tmp_path_factory: pytest.TempPathFactory, consumer: Consumer) -> It
         for content, outcome in ((failure("r-1"), "accepted"), (PLAIN, "conflict")):
             answer = httpx.post(f"{made.url}/clipia/webhook", content=content, headers=signed(content))
             assert answer.json()["status"] == outcome
-            wait_for(lambda: consumer.messages, "the first result at the consumer")
+            wait_until(lambda: consumer.messages, "the first result at the consumer")
         yield made
 
 
@@ -113,7 +84,7 @@ def run(receiver: ReceiverProcess, *arguments: str, status: int = 0) -> str:
     return " ".join((result.stdout + result.stderr).decode().split())
 
 
-def test_an_operator_promotes_the_second_result(receiver: ReceiverProcess, consumer: Consumer) -> None:
+def test_an_operator_promotes_the_second_result(receiver: ReceiverProcess, consumer: LatestConsumer) -> None:
     """C9: show → dry run → promote → the consumer has the new result; the audit has who did it and why."""
     with api(receiver) as client:
         assert why(client)["outcome"] == "needs_action"
@@ -127,7 +98,7 @@ def test_an_operator_promotes_the_second_result(receiver: ReceiverProcess, consu
         done = run(receiver, "events", "promote", "r-1", seq, "--reason", "Clipia corrected it")
         assert "its status was ERROR and is OK" in done
         assert "receiver replays show" in done
-        wait_for(lambda: len(consumer.messages) == 2, "the promoted result at the consumer")
+        wait_until(lambda: len(consumer.messages) == 2, "the promoted result at the consumer")
         first, second = consumer.messages
         assert first["id"] == second["id"]
         assert (first["data"]["status"], second["data"]["status"]) == ("ERROR", "OK")
@@ -135,7 +106,7 @@ def test_an_operator_promotes_the_second_result(receiver: ReceiverProcess, consu
         assert (second["data"]["promoted"], second["data"]["output"]) == (True, {"text": "a cat"})
         assert consumer.results == {first["id"]: "OK"}
         assert [row["outcome"] for row in receipts(client)] == ["promoted", "superseded"]
-        wait_for(lambda: why(client)["state"] == "delivered", "delivered, in words")
+        wait_until(lambda: why(client)["state"] == "delivered", "delivered, in words")
         promoted, tried = client.get("/v1/audit").json()["data"][:2]
         assert (promoted["operation"], promoted["target"]) == ("promote_receipt", f"r-1/{seq}")
         assert (promoted["reason"], promoted["dry_run"]) == ("Clipia corrected it", False)

@@ -1,24 +1,19 @@
 """A receiver for the tests of pages, with a sandbox, a consumer that rejects events, and hostile texts."""
 
-import http.server
-import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final
 
 import httpx
-import orjson
 
 from receiver.db.database import Database
 from support.commands import ReceiverProcess
+from support.consumers import Answer, Consumer, wait_until
 from support.jobs import IMAGE, LIVE_KEY, TOKEN, Sandbox, run
 from support.payloads import signed
 from support.servers import free_port
-
-T = TypeVar("T")
 
 HOSTILE: Final = (
     '<script>alert(1)</script><img src=x onerror="alert(2)"><svg onload=alert(3)>'
@@ -31,7 +26,7 @@ EVIL_SVG: Final = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(5)</sc
 CONFIGURATION: Final = """
 [[destinations]]
 name = "orders"
-url = "{consumer}"
+url = "{consumer}/orders"
 retry = {{ initial = 0.2, cap = 0.5 }}
 
 [[destinations]]
@@ -40,44 +35,26 @@ url = "file:{folder}/archive.jsonl"
 """
 
 
-class Consumer:
-    """Takes messages over HTTP; it rejects events whose request id begins with `poison`.
+class PoisonedConsumer(Consumer):
+    """Rejects events whose request id begins with `poison`.
 
     It also serves an SVG file with a script, and has no other file.
     """
 
     def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
+        super().__init__()
         self.takes_all = False
-        self.answers = 422
-        consumer = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                message = orjson.loads(self.rfile.read(int(self.headers["content-length"])))
-                is_rejected = message["subject"].startswith("poison") and not consumer.takes_all
-                if not is_rejected:
-                    consumer.messages.append(message)
-                answer = HOSTILE.encode() if is_rejected else b"{}"
-                self.send_response(consumer.answers if is_rejected else 200)
-                self.send_header("content-length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
+    def take(self, path: str, message: dict[str, Any]) -> Answer:
+        """Take a message, or reject it."""
+        if message["subject"].startswith("poison") and not self.takes_all:
+            return Answer(422, HOSTILE.encode())
+        return super().take(path, message)
 
-            def do_GET(self) -> None:
-                is_there = self.path.startswith("/files/evil.svg")
-                self.send_response(200 if is_there else 503)
-                self.send_header("content-type", "image/svg+xml")
-                self.send_header("content-length", str(len(EVIL_SVG) if is_there else 0))
-                self.end_headers()
-                self.wfile.write(EVIL_SVG if is_there else b"")
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - as its base
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.origin = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self.url = f"{self.origin}/orders"
+    def serve(self, path: str) -> Answer:
+        """Return the SVG file."""
+        is_there = path.startswith("/files/evil.svg")
+        return Answer(200, EVIL_SVG, "image/svg+xml") if is_there else Answer(503)
 
     @contextmanager
     def taking_all(self) -> Iterator[None]:
@@ -88,28 +65,11 @@ class Consumer:
         finally:
             self.takes_all = False
 
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-def wait_for(found: Callable[[], T], wanted: str, *, seconds: float = 60) -> T:
-    """Return the first true result of `found`."""
-    deadline = time.monotonic() + seconds
-    while not (result := found()):
-        assert time.monotonic() < deadline, wanted
-        time.sleep(0.1)
-    return result
-
 
 class Site:
     """A receiver with the destinations `orders` and `archive`, its sandbox and its API."""
 
-    def __init__(self, receiver: ReceiverProcess, sandbox: Sandbox, consumer: Consumer) -> None:
+    def __init__(self, receiver: ReceiverProcess, sandbox: Sandbox, consumer: PoisonedConsumer) -> None:
         self.receiver, self.sandbox, self.consumer = receiver, sandbox, consumer
         self.url = receiver.url
         self._http = httpx.Client(
@@ -164,7 +124,7 @@ class Site:
 
     def wait_for_state(self, key: str, state: str) -> dict[str, Any]:
         """Wait until an id is explained with a state, and return the event."""
-        wait_for(lambda: self.why(key)["state"] == state, f"{key}: {state}")
+        wait_until(lambda: self.why(key)["state"] == state, f"{key}: {state}")
         return self.event(key)
 
     def change(self, work: Callable[[Database], Awaitable[None]]) -> None:
@@ -182,7 +142,7 @@ class Site:
 def running_site(folder: Path, **settings: str) -> Iterator[Site]:
     """Run a receiver, a sandbox and a consumer inside the block."""
     with ExitStack() as stack:
-        consumer = stack.enter_context(Consumer())
+        consumer = stack.enter_context(PoisonedConsumer())
         sandbox = stack.enter_context(Sandbox(folder, duration=0))
         home = folder / "receiver"
         home.mkdir()
@@ -195,7 +155,7 @@ def running_site(folder: Path, **settings: str) -> Iterator[Site]:
             CLIPIA_KEY=LIVE_KEY,
             CLIPIA_BASE_URL=sandbox.url,
             RECEIVER_CONFIG=str(configuration),
-            RECEIVER_MEDIA_HOSTS=f"{sandbox.url},{consumer.origin}",
+            RECEIVER_MEDIA_HOSTS=f"{sandbox.url},{consumer.url}",
             RECEIVER_API_TOKENS=f"tests:{TOKEN}",
             RECEIVER_PUBLIC_URL=f"http://127.0.0.1:{port}",
             **settings,

@@ -1,29 +1,24 @@
 """Five incidents in the README's production layout, with servers that a test may stop."""
 
 import contextlib
-import http.server
 import json
 import os
 import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
-import orjson
 
 from support.commands import ReceiverProcess, run_command
+from support.consumers import Answer, Consumer, wait_until
 from support.jobs import IMAGE, LIVE_KEY, TOKEN, Sandbox
 from support.payloads import SECRET, signed
 from support.production import layout
 from support.servers import Postgres
 from support.servers_rabbitmq import RabbitMq
 
-SECONDS = 150.0
-"""The most time for anything to come, the end of an alert among it."""
 MODEL, INPUT = IMAGE[0], json.dumps(IMAGE[1])
 RETIRED = "whsec_retired-0123456789abcdef"
 POISON = "poison"
@@ -53,47 +48,21 @@ retry = {{ initial = 0.2, cap = 1.0 }}
 """
 
 
-class Consumer:
-    """Takes messages over HTTP; it rejects the event `poison`."""
+class IncidentConsumer(Consumer):
+    """Rejects the event `poison`, and takes alerts at `/oncall`."""
 
     def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
+        super().__init__()
         self.alerts: list[dict[str, Any]] = []
-        consumer = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                message = orjson.loads(self.rfile.read(int(self.headers["content-length"])))
-                rejected = message.get("subject") == POISON and self.path == "/orders"
-                (consumer.alerts if self.path == "/oncall" else consumer.messages).append(message)
-                answer = b'{"error": "cost: not a number"}' if rejected else b"{}"
-                self.send_response(422 if rejected else 200)
-                self.send_header("content-length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - as its base
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-def wait_until(found: Callable[[], Any], wanted: str) -> Any:
-    """Return the first true result of `found`."""
-    deadline = time.monotonic() + SECONDS
-    while not (result := found()):
-        assert time.monotonic() < deadline, wanted
-        time.sleep(0.1)
-    return result
+    def take(self, path: str, message: dict[str, Any]) -> Answer:
+        """Take a message or an alert."""
+        if path == "/oncall":
+            self.alerts.append(message)
+            return Answer(200)
+        answer = super().take(path, message)
+        is_rejected = message.get("subject") == POISON and path == "/orders"
+        return Answer(422, b'{"error": "cost: not a number"}') if is_rejected else answer
 
 
 def problems(status: str) -> str:
@@ -124,7 +93,7 @@ class Service:
         self.folder, self.postgres, self.rabbit, self.sandbox = folder, postgres, rabbit, sandbox
         self.desk = folder / "desk"
         self.media = folder / "media"
-        self.consumer = Consumer()
+        self.consumer = IncidentConsumer()
 
     @contextmanager
     def running(self) -> Iterator[Self]:
@@ -189,8 +158,7 @@ class Service:
                 None,
             )
 
-        found: dict[str, Any] = wait_until(find, f"{kind} {told}: {self.consumer.alerts}")
-        return found
+        return wait_until(find, f"{kind} {told}: {self.consumer.alerts}")
 
     def wait_until_delivered(self, key: str) -> None:
         """Wait until `why` says that an event is delivered everywhere."""

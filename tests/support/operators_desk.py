@@ -1,17 +1,13 @@
 """A receiver for the tests of the dashboard: a consumer that rejects on demand, and a person's clicks."""
 
-import http.server
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 from uuid import UUID
 
 import httpx
-import orjson
 from playwright.sync_api import Locator, Page
 from sqlalchemy import Table, update
 
@@ -19,10 +15,10 @@ from receiver.db.database import Database
 from receiver.db.tables import jobs
 from support.browser import Window
 from support.commands import ReceiverProcess
+from support.consumers import SECONDS, Answer, Consumer, wait_until
 from support.jobs import IMAGE, TOKEN, Sandbox, job_receiver, run
 from support.payloads import body, signed
 
-SECONDS: Final = 30.0
 MARKUP: Final = "<img src=x onerror=alert(1)><script>alert(2)</script>'\"&amp;{{7*7}}"
 """Text that would run, or load something, if a page did not escape it."""
 
@@ -39,44 +35,21 @@ filter = {{ status = "OK" }}
 """
 
 
-class Consumer:
-    """Takes messages over HTTP. It rejects events by their `request_id`, and all while it is down."""
+class PickyConsumer(Consumer):
+    """Rejects events by their `request_id`, and all while it is down."""
 
     def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
+        super().__init__()
         self.answers: dict[str, str] = {}
         """What it answers, with 422, to which events."""
         self.is_down = False
-        consumer = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                message = orjson.loads(self.rfile.read(int(self.headers["content-length"])))
-                answer = consumer.answers.get(str(message.get("subject")))
-                status = 503 if consumer.is_down else 200 if answer is None else 422
-                if status == 200:
-                    consumer.messages.append(message)
-                content = (answer or "{}").encode()
-                self.send_response(status)
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - as its base
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
-        ).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    def take(self, path: str, message: dict[str, Any]) -> Answer:
+        """Take a message, or reject it."""
+        answer = self.answers.get(str(message.get("subject")))
+        if self.is_down:
+            return Answer(503)
+        return super().take(path, message) if answer is None else Answer(422, answer.encode())
 
     def got(self, request_id: str) -> int:
         """Return how often it got an event."""
@@ -86,7 +59,7 @@ class Consumer:
 class Desk:
     """A running receiver, and its API to check what a click did."""
 
-    def __init__(self, receiver: ReceiverProcess, consumer: Consumer, sandbox: Sandbox) -> None:
+    def __init__(self, receiver: ReceiverProcess, consumer: PickyConsumer, sandbox: Sandbox) -> None:
         self.receiver, self.consumer, self.sandbox = receiver, consumer, sandbox
         self.url = receiver.url
         self._api = httpx.Client(
@@ -138,8 +111,7 @@ class Desk:
             rows = self.get("/v1/jobs", state=state, limit=200)
             return next((row for row in rows if row["idempotency_key"] == key), None)
 
-        found: dict[str, Any] = wait_until(find, f"{key} is {state}")
-        return found
+        return wait_until(find, f"{key} is {state}")
 
     def dead_letter(self, request_id: str, answer: str = "no such order") -> dict[str, Any]:
         """Let the consumer reject an event, and return its dead letter."""
@@ -159,8 +131,7 @@ class Desk:
             found = self.delivery(request_id)
             return found if found.get("state") == state else None
 
-        found: dict[str, Any] = wait_until(find, f"{request_id} is {state}")
-        return found
+        return wait_until(find, f"{request_id} is {state}")
 
     def change(self, table: Table, row_id: str, **values: Any) -> None:
         """Change a row of the receiver's database."""
@@ -189,7 +160,7 @@ class Desk:
 @contextmanager
 def desk(folder: Path, **settings: str) -> Iterator[Desk]:
     """Run a receiver with the destinations `orders`, the consumer, and `ledger`, a file."""
-    with Consumer() as consumer, Sandbox(folder) as sandbox:
+    with PickyConsumer() as consumer, Sandbox(folder) as sandbox:
         configuration = folder / "receiver.toml"
         configuration.write_text(_CONFIGURATION.format(consumer=consumer.url, folder=folder))
         receiver = job_receiver(folder / "receiver", sandbox, RECEIVER_CONFIG=str(configuration), **settings)
@@ -199,15 +170,6 @@ def desk(folder: Path, **settings: str) -> Iterator[Desk]:
                 yield running
             finally:
                 running.close()
-
-
-def wait_until(find: Callable[[], Any], wanted: str, *, seconds: float = SECONDS) -> Any:
-    """Return the first true result of `find`."""
-    deadline = time.monotonic() + seconds
-    while not (found := find()):
-        assert time.monotonic() < deadline, wanted
-        time.sleep(0.05)
-    return found
 
 
 def act(within: Page | Locator, label: str, reason: str | None = None, button: str | None = None) -> None:
