@@ -33,6 +33,7 @@ def test_login_needs_a_token(browser: Browser, receiver: ReceiverProcess) -> Non
     """A page leads to the login and back; a wrong token gets a sentence."""
     with browser.window(receiver.url) as window:
         window.page.goto("/dashboard/events?state=ready")
+        window.assert_accessible()
         window.page.get_by_label("API token").fill("wrong")
         window.page.get_by_role("button", name="Log in").click()
         assert "unknown" in window.page.get_by_role("alert").first.inner_text()

@@ -129,6 +129,7 @@ def test_deliveries_of_a_removed_destination(window: Window, site: Desk) -> None
     page.locator("select[name=to]").select_option("ledger")
     page.get_by_role("button", name="Count").click()
     page.get_by_text("1 would go to ledger.").wait_for()
+    window.assert_accessible()
     assert site.get("/v1/deliveries", destination="old-1")[0]["state"] == "dead"
     page.get_by_label("Reason").fill("renamed")
     page.get_by_role("button", name="Move 1 deliveries").click()

@@ -205,6 +205,7 @@ def test_unrecognized_events_are_counted_before_they_are_recovered(browser: Brow
         page = window.log_in(TOKEN, path="/dashboard/events/recover").page
         page.get_by_role("button", name="Count them first").click()
         page.wait_for_url("**/recover/count")
+        window.assert_accessible()
         assert "1 can be read" in page.locator("main ul").inner_text()
         assert "1 cannot be read" in page.locator("main ul").inner_text()
         assert site.get("/v1/events", state="unrecognized")["data"][0]["origin"] == "webhook"

@@ -397,6 +397,7 @@ def test_an_unknown_id_has_a_next_step(browser: Browser, site: Site) -> None:
         assert "Failed to load resource" in window.faults.pop()  # the answer is a 404
         assert "no event, job, delivery" in page.locator("section.verdict").inner_text()
         assert page.get_by_role("link", name="Fetch the result from Clipia").is_visible()
+        window.assert_accessible()
 
 
 def test_a_long_text_stays_in_its_box(browser: Browser, site: Site) -> None:

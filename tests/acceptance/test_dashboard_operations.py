@@ -135,6 +135,7 @@ def test_a_replay_is_counted_and_ordered_once(window: Window, site: Desk) -> Non
     page.get_by_label("orders", exact=True).check()
     page.get_by_role("button", name="Count").click()
     page.get_by_text("2 events, 2 deliveries").wait_for()
+    window.assert_accessible()
     assert len(site.get("/v1/replays")) == known
     page.get_by_label("Reason").fill(f"lost {MARKUP}")
     order = page.evaluate(
