@@ -26,6 +26,8 @@ class Sink:
     async def put(self, key, chunks, *, content_type):
         async for chunk in chunks:
             pass
+    async def require_space(self, size):
+        pass
     def uri(self, key):
         return key
 

@@ -191,7 +191,8 @@ async def test_each_cause_is_listed_and_shown(database: Database, door: Door) ->
             path, content, headers = sent[row["cause"]]
             assert row["path"] == path
             shown = await site.show(row["id"])
-            assert shown == row | {key: shown[key] for key in ("headers", "body")}
+            assert shown == row | {key: shown[key] for key in ("headers", "body", "remedy")}
+            assert shown["remedy"]
             if row["cause"] in {"wrong_url", "encoding", "too_large"}:
                 assert (shown["body"], shown["body_size"]) == (None, None)
             else:
