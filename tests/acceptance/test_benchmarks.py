@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -14,13 +15,15 @@ from support.commands import command_environment, unmeasured
 from support.servers import require
 
 ROOT = Path(__file__).parents[2]
+AUTHORITIES = {name: os.environ[name] for name in ("NODE_EXTRA_CA_CERTS",) if name in os.environ}
+"""npm needs them to install the peers, if its registry has a certificate of its own."""
 
 
 def run(*arguments: str) -> str:
     """Run a benchmark and return its output."""
     done = subprocess.run(
         [sys.executable, *arguments],
-        env=unmeasured(command_environment()),
+        env=unmeasured(command_environment()) | AUTHORITIES,
         cwd=ROOT,
         capture_output=True,
         text=True,
